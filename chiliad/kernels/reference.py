@@ -1,0 +1,298 @@
+"""The definition of every op, in plain torch: slow, obvious, never optimised.
+
+Every other implementation is tested against this file over the case table (`cases.py`). It is
+also what runs where no compiled core is installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from chiliad.errors import KernelError
+from chiliad.kernels.base import (
+    Activation,
+    AdapterRows,
+    KVLayout,
+    LinearSpec,
+    NormSpec,
+    Sampled,
+    SampleBatch,
+    Segment,
+    Step,
+    Tensor,
+)
+
+_GROUP = 32  # int4: weights per scale, along the input
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLinear:
+    """A dense weight kept as it is (quantised dtypes are rounded, then kept as float32)."""
+
+    spec: LinearSpec
+    weight: Tensor  # [out, in]
+    bias: Tensor | None
+    nbytes: int
+
+
+def quantize_rows(weight: Tensor, dtype: str) -> Tensor:
+    """Round a weight [out, in] to what the quantised dtype can hold; returns float32.
+
+    int8: symmetric, one scale per output row. int4: symmetric groups of 32 inputs, levels -8..7.
+    """
+    w = weight.float()
+    if dtype == "int8":
+        scale = w.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
+        return (w / scale).round().clamp(-127, 127) * scale
+    groups = w.unflatten(1, (-1, _GROUP))
+    # the extreme value of a group maps to -8, so that all 16 levels are used
+    extreme = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+    scale = extreme / -8
+    scale = torch.where(scale == 0, torch.full_like(scale, 1e-12), scale)
+    return ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
+
+
+class ReferenceKernels:
+    """Implements `kernels.base.Kernels`."""
+
+    name = "reference"
+
+    def __init__(self, reason: str = "asked for") -> None:
+        self.reason = reason
+        self._arena: Tensor | None = None
+        self._layout: KVLayout | None = None
+
+    # -- preparation ---------------------------------------------------------------------
+
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, spec: LinearSpec) -> ReferenceLinear:
+        if weight.shape != (spec.out_features, spec.in_features):
+            raise KernelError(f"weight {tuple(weight.shape)} does not fit {spec}")
+        if spec.dtype in ("int8", "int4"):
+            kept = quantize_rows(weight, spec.dtype)
+        else:
+            kept = weight.to(getattr(torch, spec.dtype))
+        return ReferenceLinear(spec, kept, bias, kept.numel() * kept.element_size())
+
+    def pack_embedding(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype)
+
+    def bind_arena(self, arena: Tensor, layout: KVLayout) -> None:
+        self._arena, self._layout = arena, layout
+
+    def prepare_adapter(self, rows: AdapterRows) -> AdapterRows:
+        return rows
+
+    def prepare_step(self, step: Step) -> Step:
+        return step
+
+    # -- ops -----------------------------------------------------------------------------
+
+    def embed(self, table: object, token_ids: Tensor, scale: float = 1.0) -> Tensor:
+        assert isinstance(table, torch.Tensor)
+        return table[token_ids].float() * scale
+
+    def norm(self, x: Tensor, spec: NormSpec, residual: Tensor | None = None) -> Tensor:
+        if spec.kind == "rms":
+            y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + spec.eps) * spec.weight
+        else:
+            y = F.layer_norm(x, spec.weight.shape, spec.weight, spec.bias, spec.eps)
+        return y if residual is None else residual.add_(y)
+
+    def project(
+        self,
+        x: Tensor,
+        linear: ReferenceLinear,
+        step: Step | None,
+        *,
+        norm: NormSpec | None = None,
+        activation: Activation | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if norm is not None:
+            x = self.norm(x, norm)
+        spec, weight = linear.spec, linear.weight.float()
+        rounded = x.to(torch.bfloat16).float() if spec.dtype == "bfloat16" else x
+        y = F.linear(rounded, weight, linear.bias)
+        for segment in step.segments if step is not None else []:
+            if segment.adapter is not None:
+                self._apply_adapter(x, y, linear, segment)
+        if activation in ("silu_mul", "gelu_tanh_mul"):
+            gate, up = y.chunk(2, dim=-1)
+            y = (F.silu(gate) if activation == "silu_mul" else F.gelu(gate, approximate="tanh")) * up
+        elif activation is not None:
+            y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        return y if residual is None else residual.add_(y)
+
+    def _apply_adapter(self, x: Tensor, y: Tensor, linear: ReferenceLinear, segment: Segment) -> None:
+        """y = g * (W (d * x) + bias) + scale * B (A x) + c, on one segment's rows, in place."""
+        adapter = segment.adapter
+        assert adapter is not None
+        rows = slice(segment.start, segment.stop)
+        first = 0
+        for slot, size in zip(linear.spec.slots, linear.spec.sizes, strict=True):
+            columns = slice(first, first + size)
+            first += size
+            vectors = adapter.elementwise.get(slot)
+            if vectors is not None:
+                out = y[rows, columns]
+                if vectors.d is not None:
+                    d = self._row(vectors.d, linear.spec.in_features, adapter.dtype)
+                    bias = None if linear.bias is None else linear.bias[columns]
+                    out = F.linear(x[rows] * d, linear.weight[columns].float(), bias)
+                if vectors.g is not None:
+                    out = out * self._row(vectors.g, size, adapter.dtype)
+                if vectors.c is not None:
+                    out = out + self._row(vectors.c, size, adapter.dtype)
+                y[rows, columns] = out
+            low_rank = adapter.low_rank.get(slot)
+            if low_rank is not None and len(low_rank.a):
+                a = torch.stack(
+                    [self._row(int(o), linear.spec.in_features, adapter.dtype) for o in low_rank.a]
+                )
+                b = torch.stack([self._row(int(o), size, adapter.dtype) for o in low_rank.b])
+                z = (x[rows] @ a.T) * torch.from_numpy(low_rank.scale)
+                y[rows, columns] += z @ b
+
+    def _row(self, offset: int, length: int, dtype: torch.dtype) -> Tensor:
+        assert self._arena is not None
+        stored = self._arena[offset : offset + length * dtype.itemsize].view(dtype)
+        return stored.float()
+
+    def _kv_views(self, page: int) -> tuple[Tensor, Tensor]:
+        """K as [heads, head_dim, tokens] and V as [heads, tokens, head_dim], views of one page."""
+        assert self._arena is not None and self._layout is not None
+        kv, pair = self._layout, self._layout.pair
+        numel = kv.num_kv_heads * kv.head_dim * kv.block_tokens
+        start = page * kv.page_bytes
+        flat = self._arena[start : start + 2 * numel * kv.dtype.itemsize].view(kv.dtype)
+        k = flat[:numel].view(kv.num_kv_heads, kv.head_dim // pair, kv.block_tokens, pair)
+        v = flat[numel:].view(kv.num_kv_heads, kv.block_tokens // pair, kv.head_dim, pair)
+        return k.permute(0, 1, 3, 2), v.permute(0, 1, 3, 2)  # [H, D/p, p, t], [H, t/p, p, D]
+
+    def rope_kv(
+        self,
+        qkv: Tensor,
+        step: Step,
+        layer: int,
+        num_heads: int,
+        rope: tuple[Tensor, Tensor] | None,
+        q_norm: NormSpec | None = None,
+        k_norm: NormSpec | None = None,
+    ) -> None:
+        kv = self._layout
+        assert kv is not None and self._arena is not None
+        heads = qkv.view(qkv.shape[0], num_heads + 2 * kv.num_kv_heads, kv.head_dim)
+        q = heads[:, :num_heads]
+        k = heads[:, num_heads : num_heads + kv.num_kv_heads]
+        v = heads[:, num_heads + kv.num_kv_heads :]
+        if q_norm is not None:
+            q.copy_(self.norm(q, q_norm))
+        if k_norm is not None:
+            k.copy_(self.norm(k, k_norm))
+        if rope is not None:
+            positions = torch.from_numpy(step.positions.astype(np.int64))
+            cos, sin = (table[positions].unsqueeze(1) for table in rope)
+            half = cos.shape[-1]
+            for part in (q, k):
+                x1, x2 = part[..., :half].clone(), part[..., half : 2 * half].clone()
+                part[..., :half] = x1 * cos - x2 * sin
+                part[..., half : 2 * half] = x2 * cos + x1 * sin
+        pair = kv.pair
+        for i, table in enumerate(step.page_tables):
+            for row in range(int(step.row_start[i]), int(step.row_start[i + 1])):
+                block, offset = divmod(int(step.positions[row]), kv.block_tokens)
+                page = int(table[block, layer])
+                if offset == 0:
+                    self._arena[page * kv.page_bytes : (page + 1) * kv.page_bytes] = 0
+                k_view, v_view = self._kv_views(page)
+                k_view[:, :, :, offset] = k[row].unflatten(-1, (-1, pair)).to(kv.dtype)
+                v_view[:, offset // pair, offset % pair, :] = v[row].to(kv.dtype)
+
+    def attention(
+        self, qkv: Tensor, step: Step, layer: int, num_heads: int, scale: float, window: int = 0
+    ) -> Tensor:
+        kv = self._layout
+        assert kv is not None
+        out = torch.empty(qkv.shape[0], num_heads, kv.head_dim)
+        q_all = qkv[:, : num_heads * kv.head_dim].view(-1, num_heads, kv.head_dim)
+        group = num_heads // kv.num_kv_heads
+        for i, table in enumerate(step.page_tables):
+            start, stop = int(step.row_start[i]), int(step.row_start[i + 1])
+            context = int(step.context[i])
+            pages = [self._kv_views(int(p)) for p in table[: -(-context // kv.block_tokens), layer]]
+            k = torch.cat([p[0].flatten(1, 2) for p in pages], dim=-1)[:, :, :context].float()
+            v = torch.cat([p[1].flatten(1, 2) for p in pages], dim=1)[:, :context].float()
+            q = q_all[start:stop].transpose(0, 1)  # [heads, rows, head_dim]
+            scores = (q @ k.repeat_interleave(group, dim=0)) * scale
+            keys = torch.arange(context)
+            queries = torch.arange(context - (stop - start), context).unsqueeze(1)
+            seen = keys <= queries
+            if window:
+                seen &= keys > queries - window
+            scores = scores.masked_fill(~seen, float("-inf"))
+            mixed = torch.softmax(scores, dim=-1) @ v.repeat_interleave(group, dim=0)
+            out[start:stop] = mixed.transpose(0, 1)
+        return out.flatten(1)
+
+    def sample(self, logits: Tensor, batch: SampleBatch) -> Sampled:
+        """Row by row, in this order: logprobs of the raw distribution; repetition, frequency and
+        presence penalties; bias; bans; greedy if temperature is 0, else divide by it; top-k; top-p;
+        min-p; then the first token whose cumulated probability (tokens sorted by falling
+        probability, ties by id) exceeds uniform * total.
+        """
+        tokens, chosen = np.empty(len(logits), np.int32), np.empty(len(logits), np.float32)
+        top_ids: list[np.ndarray] = []
+        top_logprobs: list[np.ndarray] = []
+        for i, raw in enumerate(logits):
+            adjusted = self._adjust(raw, batch, i)
+            if batch.temperature[i] == 0:
+                token = int(adjusted.argmax())
+            else:
+                token = self._draw(adjusted, batch, i)
+            tokens[i] = token
+            k = int(batch.logprobs[i])
+            logprobs = torch.log_softmax(raw, dim=-1) if k >= 0 else raw
+            chosen[i] = float(logprobs[token]) if k >= 0 else 0.0
+            best = torch.sort(logprobs, descending=True, stable=True) if k > 0 else None
+            top_ids.append(best.indices[:k].numpy().astype(np.int32) if best else np.empty(0, np.int32))
+            top_logprobs.append(best.values[:k].numpy() if best else np.empty(0, np.float32))
+        return Sampled(tokens, chosen, top_ids, top_logprobs)
+
+    @staticmethod
+    def _adjust(raw: Tensor, batch: SampleBatch, i: int) -> Tensor:
+        x = raw.clone()
+        prompt, output = batch.prompt_tokens[i], batch.output_tokens[i]
+        seen = [ids for ids in (prompt, output) if ids is not None and len(ids)]
+        if batch.repetition[i] != 1 and seen:
+            ids = torch.from_numpy(np.unique(np.concatenate(seen))).long()
+            r = float(batch.repetition[i])
+            x[ids] = torch.where(x[ids] > 0, x[ids] / r, x[ids] * r)
+        if output is not None and len(output):
+            ids, counts = (torch.from_numpy(a) for a in np.unique(output, return_counts=True))
+            x[ids.long()] -= float(batch.frequency[i]) * counts + float(batch.presence[i])
+        bias, banned = batch.bias[i], batch.banned[i]
+        if bias is not None:
+            x[torch.from_numpy(bias[0]).long()] += torch.from_numpy(bias[1])
+        if banned is not None:
+            x[torch.from_numpy(banned).long()] = float("-inf")
+        return x
+
+    @staticmethod
+    def _draw(x: Tensor, batch: SampleBatch, i: int) -> int:
+        order = torch.sort(x / float(batch.temperature[i]), descending=True, stable=True)
+        p = torch.softmax(order.values.double(), dim=-1)
+        if batch.top_k[i] > 0:
+            p[int(batch.top_k[i]) :] = 0
+        p = p / p.sum()
+        if batch.top_p[i] < 1:
+            p[(p.cumsum(0) - p) >= float(batch.top_p[i])] = 0  # the first to cross top_p stays
+            p = p / p.sum()
+        if batch.min_p[i] > 0:
+            p[p < float(batch.min_p[i]) * p[0]] = 0
+        total = p.cumsum(0)
+        j = int(torch.searchsorted(total, float(batch.uniform[i]) * float(total[-1]), right=True))
+        return int(order.indices[min(j, int((p > 0).sum()) - 1)])
