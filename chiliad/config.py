@@ -1,0 +1,67 @@
+"""Settings: one frozen dataclass per room, composed, and the one list of environment variables."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from chiliad.errors import InvalidConfig
+
+#: Every environment variable chiliad reads, with what it does. Nothing else is consulted.
+ENVIRONMENT: dict[str, str] = {
+    "CHILIAD_KERNELS": "auto | cpu | reference: which kernel implementation runs",
+    "CHILIAD_ISA": "auto | generic | avx2 | avx512 | amx: instruction set of the C++ kernels",
+    "CHILIAD_THREADS": "compute threads; 0 means one per physical core",
+    "CHILIAD_API_KEY": "key that clients must send as `Authorization: Bearer KEY`",
+    "CHILIAD_HOME": "folder of the adapter registry and uploaded adapters",
+}
+
+DType = Literal["float32", "bfloat16", "int8", "int4"]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+
+
+def environment(name: str, default: str = "") -> str:
+    """Read one of ENVIRONMENT; an unlisted name is our own bug."""
+    assert name in ENVIRONMENT, f"{name} is not in config.ENVIRONMENT"
+    return os.environ.get(name, default)
+
+
+def parse_bytes(text: str | int) -> int:
+    """ "2GB", "512MiB", "1.5G" or a plain number -> bytes."""
+    if isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise InvalidConfig(f"cannot read {text!r} as a size: write 2GB, 512MiB or a number of bytes")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    kernels: str = field(default_factory=lambda: environment("CHILIAD_KERNELS", "auto"))
+    isa: str = field(default_factory=lambda: environment("CHILIAD_ISA", "auto"))
+    threads: int = field(default_factory=lambda: int(environment("CHILIAD_THREADS", "0")))
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Dials of the scheduler. The defaults suit a small CPU machine."""
+
+    max_step_tokens: int = 512  # token budget of one step: decode rows plus prefill chunks
+    max_sequences: int = 256  # sequences that run at once
+    max_waiting: int = 4096  # requests in the queue before 429
+    policy: str = "fcfs"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything `LLM` and `chiliad serve` need beyond the model reference."""
+
+    memory: int = 4 * 10**9  # bytes: weights plus pool
+    dtype: DType = "bfloat16"
+    max_model_len: int | None = None  # None: what the model was trained for
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
