@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from chiliad.errors import InvalidConfig
@@ -14,7 +16,7 @@ ENVIRONMENT: dict[str, str] = {
     "CHILIAD_KERNELS": "auto | cpu | reference: which kernel implementation runs",
     "CHILIAD_ISA": "auto | generic | avx2 | avx512 | amx: instruction set of the C++ kernels",
     "CHILIAD_THREADS": "compute threads; 0 means one per physical core",
-    "CHILIAD_API_KEY": "key that clients must send as `Authorization: Bearer KEY`",
+    "CHILIAD_API_KEY": "key that clients must send as `Authorization: Bearer KEY`; several, separated by commas",
     "CHILIAD_HOME": "folder of the adapter registry and uploaded adapters",
 }
 
@@ -54,6 +56,41 @@ class SchedulerConfig:
     max_sequences: int = 256  # sequences that run at once
     max_waiting: int = 4096  # requests in the queue before 429
     policy: str = "fcfs"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """The HTTP edge. Without keys every route is open, so then the host must be loopback."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    model_name: str = ""  # name the base is served under; empty: the model's own
+    adapter_dirs: tuple[Path, ...] = ()  # the only folders that adapters may be loaded from
+    uploads: Path | None = None  # where uploaded adapters are kept; None: no uploads
+    drain_timeout: float = 30.0  # seconds that running requests get after SIGTERM
+    keep_alive: float = 15.0  # seconds of silence before a stream sends a comment line
+    max_body: int = 4 * 2**20  # bytes of a JSON body
+    max_upload: int = 2**30  # bytes of one uploaded adapter
+    max_choices: int = 128  # n times the number of prompts in one request
+
+    def __post_init__(self) -> None:
+        if not self.api_keys and not self.loopback:
+            raise InvalidConfig(
+                f"host {self.host!r} is reachable from other machines and no API key is set: "
+                "give --api-key (or CHILIAD_API_KEY), or bind 127.0.0.1"
+            )
+        if not all(self.api_keys):
+            raise InvalidConfig("an API key may not be empty")
+
+    @property
+    def loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
 
 
 @dataclass(frozen=True, slots=True)

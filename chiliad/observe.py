@@ -68,7 +68,9 @@ class EngineMetrics:
     adapter_hits: int = 0  # a sequence started and its adapter was resident
     adapter_misses: int = 0
     adapter_loads: dict[str, int] = field(default_factory=lambda: {"ok": 0, "error": 0})  # by result
-    adapter_evictions: dict[str, int] = field(default_factory=lambda: {"memory": 0, "removed": 0})  # by reason
+    adapter_evictions: dict[str, int] = field(  # by reason
+        default_factory=lambda: {"memory": 0, "removed": 0}
+    )
     step_seconds: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
     step_tokens: Histogram = field(default_factory=lambda: Histogram(POWERS_OF_TWO))
     batch_distinct_adapters: Histogram = field(default_factory=lambda: Histogram(POWERS_OF_TWO))
