@@ -1,0 +1,72 @@
+// What a step is to the kernels: the arena, adapters in it, and the rows that use them.
+// These mirror chiliad/kernels/base.py; bind.cpp fills and checks them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace chiliad {
+
+enum class DType : int { float32, bfloat16, int8, int4 };
+
+inline constexpr int item_bytes(DType dtype) {
+  return dtype == DType::float32 ? 4 : dtype == DType::bfloat16 ? 2 : 1;
+}
+
+// The pool's buffer and the KV geometry (see "KV layout" in base.py).
+struct Arena {
+  std::uint8_t* data = nullptr;
+  std::int64_t bytes = 0;
+  int num_layers = 0, num_kv_heads = 0, head_dim = 0, block_tokens = 0;
+  DType kv_dtype = DType::float32;
+  std::int64_t page_bytes = 0;
+};
+
+// y += sum_j scale[j] * (A_j . x) * B_j, rows at byte offsets in the arena.
+struct LowRank {
+  std::vector<std::int64_t> a, b;
+  std::vector<float> scale;
+  std::int64_t last_a = -1, last_b = -1;  // the largest offsets, for one bounds check per use
+  int rank() const { return static_cast<int>(a.size()); }
+};
+
+// y = g * (W (d * x) + bias) + c; offsets, or -1 for the identity.
+struct Elementwise {
+  std::int64_t d = -1, g = -1, c = -1;
+};
+
+// One adapter as the kernels see it. Lookup by slot is a table: -1 where it has nothing.
+struct Adapter {
+  DType dtype = DType::float32;
+  std::vector<int> low_rank_at, elementwise_at;
+  std::vector<LowRank> low_ranks;
+  std::vector<Elementwise> elementwises;
+
+  const LowRank* low_rank(int slot) const {
+    if (slot < 0 || slot >= static_cast<int>(low_rank_at.size()) || low_rank_at[slot] < 0) return nullptr;
+    return &low_ranks[low_rank_at[slot]];
+  }
+  const Elementwise* elementwise(int slot) const {
+    if (slot < 0 || slot >= static_cast<int>(elementwise_at.size()) || elementwise_at[slot] < 0) return nullptr;
+    return &elementwises[elementwise_at[slot]];
+  }
+};
+
+struct Segment {
+  int start, stop;
+  const Adapter* adapter;  // null: the plain base
+};
+
+// One step. The arrays belong to the Python step, which outlives this.
+struct Step {
+  int num_tokens = 0, num_sequences = 0;
+  const std::int32_t* positions = nullptr;  // [num_tokens]
+  const std::int32_t* row_start = nullptr;  // [num_sequences + 1]
+  const std::int32_t* context = nullptr;    // [num_sequences]
+  std::vector<const std::int32_t*> page_tables;  // per sequence: [num_blocks, num_layers]
+  std::vector<int> num_blocks;                   // per sequence
+  std::vector<Segment> segments;                 // cover [0, num_tokens) in order
+};
+
+}  // namespace chiliad

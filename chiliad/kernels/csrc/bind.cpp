@@ -1,0 +1,145 @@
+// The Python face of the core. cpu.py checks tensors and passes raw addresses; what crosses
+// here is plain numbers and handles, so that a call costs about a microsecond. Errors are
+// thrown (KernelError, std::bad_alloc, ...), never aborts.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+
+#include "bind.h"
+
+namespace nb = nanobind;
+using namespace chiliad;
+
+namespace {
+
+using Int32s = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Table = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Int64s = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+[[noreturn]] void refuse(const std::string& message) { throw KernelError(message); }
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "bfloat16") return DType::bfloat16;
+  if (name == "int8") return DType::int8;
+  if (name == "int4") return DType::int4;
+  refuse("dtype " + name + " is not supported");
+}
+
+void bind_arena(Kernels& kernels, std::uintptr_t data, std::int64_t bytes, int num_layers, int num_kv_heads,
+                int head_dim, int block_tokens, const std::string& dtype, std::int64_t page_bytes) {
+  if (data % 64) refuse("the arena must be 64-byte aligned");
+  const DType kv = dtype_of(dtype);
+  if (kv != DType::float32 && kv != DType::bfloat16) refuse("KV dtype must be float32 or bfloat16");
+  if (block_tokens <= 0 || block_tokens % 16) refuse("block_tokens must be a multiple of 16");
+  if (page_bytes % 64 || page_bytes < std::int64_t{2} * num_kv_heads * head_dim * block_tokens * item_bytes(kv))
+    refuse("page_bytes must be a multiple of 64 that holds K and V of one block");
+  kernels.arena = {reinterpret_cast<std::uint8_t*>(data), bytes, num_layers, num_kv_heads, head_dim,
+                   block_tokens, kv, page_bytes};
+}
+
+void low_rank(Adapter& adapter, int slot, Int64s a, Int64s b, Floats scale) {
+  if (slot < 0 || a.shape(0) != b.shape(0) || a.shape(0) != scale.shape(0))
+    refuse("low_rank needs a slot >= 0 and as many a as b as scale");
+  LowRank rows;
+  rows.a.assign(a.data(), a.data() + a.shape(0));
+  rows.b.assign(b.data(), b.data() + b.shape(0));
+  rows.scale.assign(scale.data(), scale.data() + scale.shape(0));
+  for (std::size_t j = 0; j < rows.a.size(); ++j) {
+    if (rows.a[j] < 0 || rows.b[j] < 0 || rows.a[j] % 64 || rows.b[j] % 64)
+      refuse("rank rows must be 64-byte aligned offsets into the arena");
+    rows.last_a = std::max(rows.last_a, rows.a[j]);
+    rows.last_b = std::max(rows.last_b, rows.b[j]);
+  }
+  if (static_cast<int>(adapter.low_rank_at.size()) <= slot) adapter.low_rank_at.resize(slot + 1, -1);
+  adapter.low_rank_at[slot] = static_cast<int>(adapter.low_ranks.size());
+  adapter.low_ranks.push_back(std::move(rows));
+}
+
+void elementwise(Adapter& adapter, int slot, std::int64_t d, std::int64_t g, std::int64_t c) {
+  for (std::int64_t offset : {d, g, c})
+    if (slot < 0 || offset < -1 || (offset >= 0 && offset % 64))
+      refuse("elementwise vectors must be 64-byte aligned offsets into the arena");
+  if (static_cast<int>(adapter.elementwise_at.size()) <= slot) adapter.elementwise_at.resize(slot + 1, -1);
+  adapter.elementwise_at[slot] = static_cast<int>(adapter.elementwises.size());
+  adapter.elementwises.push_back({d, g, c});
+}
+
+// A Step with the Python objects it points into.
+struct StepHandle : Step {
+  std::vector<nb::object> kept;
+};
+
+void step_init(StepHandle* self, int num_tokens, Int32s positions, Int32s row_start, Int32s context,
+               nb::sequence page_tables, nb::sequence segments) {
+  new (self) StepHandle();
+  StepHandle& step = *self;
+  step.num_tokens = num_tokens;
+  step.num_sequences = static_cast<int>(context.shape(0));
+  if (static_cast<int>(positions.shape(0)) != num_tokens || row_start.shape(0) != context.shape(0) + 1)
+    refuse("a step needs num_tokens positions and one row_start more than sequences");
+  step.positions = positions.data();
+  step.row_start = row_start.data();
+  step.context = context.data();
+  if (row_start(0) != 0 || row_start(step.num_sequences) != num_tokens) refuse("row_start must run from 0 to num_tokens");
+  for (nb::handle item : page_tables) {
+    const Table table = nb::cast<Table>(item);
+    step.page_tables.push_back(table.data());
+    step.num_blocks.push_back(static_cast<int>(table.shape(0)));
+    step.kept.push_back(nb::borrow(item));
+  }
+  if (static_cast<int>(step.page_tables.size()) != step.num_sequences) refuse("a step needs one page table per sequence");
+  for (int i = 0; i < step.num_sequences; ++i)
+    if (step.row_start[i] >= step.row_start[i + 1]) refuse("every sequence of a step needs at least one row");
+  int row = 0;
+  for (nb::handle item : segments) {
+    const nb::tuple segment = nb::cast<nb::tuple>(item);
+    const int start = nb::cast<int>(segment[0]), stop = nb::cast<int>(segment[1]);
+    const Adapter* adapter = segment[2].is_none() ? nullptr : nb::cast<const Adapter*>(segment[2]);
+    if (start != row || stop < start) refuse("segments must cover the rows of the step in order");
+    row = stop;
+    if (stop > start) step.segments.push_back({start, stop, adapter});
+    if (adapter != nullptr) step.kept.push_back(nb::borrow(segment[2]));
+  }
+  if (row != num_tokens) refuse("segments must cover the rows of the step in order");
+  step.kept.push_back(nb::find(positions));
+  step.kept.push_back(nb::find(row_start));
+  step.kept.push_back(nb::find(context));
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "C++ kernels of chiliad; use chiliad.kernels.cpu";
+  // Kept for the life of the process, as the translator is.
+  static PyObject* error = nb::object(nb::module_::import_("chiliad.errors").attr("KernelError")).release().ptr();
+  nb::register_exception_translator(
+      [](const std::exception_ptr& thrown, void*) {
+        try {
+          std::rethrow_exception(thrown);
+        } catch (const KernelError& e) {
+          PyErr_SetString(error, e.what());
+        }
+      });
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : available_isas()) names.push_back(isa_name(isa));
+    return names;
+  });
+  nb::class_<Kernels>(m, "Kernels")
+      .def(nb::init<const std::string&, int>())
+      .def_prop_ro("isa", [](const Kernels& kernels) { return std::string(isa_name(kernels.isa)); })
+      .def_prop_ro("threads", [](const Kernels& kernels) { return kernels.threads.size(); })
+      .def("bind_arena", &bind_arena);
+  nb::class_<Adapter>(m, "Adapter")
+      .def("__init__", [](Adapter* self, const std::string& dtype) { (new (self) Adapter())->dtype = dtype_of(dtype); })
+      .def("low_rank", &low_rank)
+      .def("elementwise", &elementwise);
+  nb::class_<Step>(m, "StepBase");
+  nb::class_<StepHandle, Step>(m, "Step").def("__init__", &step_init, nb::arg("num_tokens"),
+           nb::arg("positions").noconvert(), nb::arg("row_start").noconvert(), nb::arg("context").noconvert(),
+           nb::arg("page_tables"), nb::arg("segments"));
+}
