@@ -81,7 +81,7 @@ class Runner:
                 positions.extend(range(work.start, work.start + work.count))
             row_start.append(len(ids))
             context.append(work.start + work.count)
-            tables.append(sequence.table.view())
+            tables.append(sequence.table.pages)
         segments.append(Segment(begin, len(ids), self._rows_of(uses) if uses else None))
         step = Step(
             num_tokens=len(ids),

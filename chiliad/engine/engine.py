@@ -1,0 +1,360 @@
+"""The loop: `plan = scheduler.plan(); out = runner.run(plan); scheduler.advance(plan, out.tokens)`.
+
+`Engine` owns model, pool, adapters and scheduler. One thread calls `step` (a caller's own, as
+`LLM` does, or the one that `stream.AsyncEngine` starts); every other thread speaks to it through
+`submit`, `cancel` and `call`, which run between two steps.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from chiliad.adapters.registry import Registry
+from chiliad.adapters.store import AdapterStore
+from chiliad.config import EngineConfig
+from chiliad.core import (
+    AdapterVersion,
+    Chunk,
+    Event,
+    Failed,
+    Finished,
+    Request,
+    StepOutput,
+    StepPlan,
+    TokenLogprob,
+    Usage,
+)
+from chiliad.engine.output import Choice
+from chiliad.engine.runner import Runner
+from chiliad.engine.sampling import SequenceSampler
+from chiliad.engine.scheduler import Scheduler, Sequence
+from chiliad.errors import (
+    ChiliadError,
+    ContextLengthExceeded,
+    InvalidConfig,
+    InvalidRequest,
+    Unavailable,
+)
+from chiliad.memory.arena import Arena
+from chiliad.memory.kv import kv_layout
+from chiliad.memory.pool import PagePool
+from chiliad.observe import EngineMetrics, EngineStats
+
+if TYPE_CHECKING:
+    from chiliad.kernels.base import Kernels
+    from chiliad.models.weights import Model
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+_WORKSPACE = 64 * 2**20  # bytes kept out of the pool for activations and logits
+_MIN_PAGES_PER_LAYER = 8  # a pool below this cannot serve one short prompt
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request between submit and its terminal event."""
+
+    request: Request
+    choices: dict[int, Choice] = field(default_factory=dict)  # by choice index
+    sequences: list[Sequence] = field(default_factory=list)
+    open: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    scheduled: float | None = None  # first time one of its sequences ran
+
+
+class Engine:
+    """One base model and its adapters. `sink` receives the events of each step, in order."""
+
+    def __init__(
+        self,
+        model: Model,
+        kernels: Kernels,
+        registry: Registry,
+        config: EngineConfig,
+        sink: Callable[[list[Event]], None],
+    ) -> None:
+        import torch
+
+        self.model, self.kernels, self.registry, self.config = model, kernels, registry, config
+        self.base, self.tokenizer = model.info, model.tokenizer
+        self.metrics = EngineMetrics()
+        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+        arch = model.arch
+        self.max_model_len = min(config.max_model_len or arch.max_positions, arch.max_positions)
+        self.layout = kv_layout(
+            num_layers=arch.num_layers,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            dtype=dtype,
+            row_bytes=[
+                n * dtype.itemsize for s in model.info.sites for n in (s.in_features, s.out_features)
+            ],
+        )
+        pool_bytes = config.memory - model.nbytes - _WORKSPACE
+        num_pages = pool_bytes // self.layout.page_bytes
+        if num_pages < _MIN_PAGES_PER_LAYER * arch.num_layers:
+            need = model.nbytes + _WORKSPACE + _MIN_PAGES_PER_LAYER * arch.num_layers * self.layout.page_bytes
+            raise InvalidConfig(
+                f"memory of {config.memory / 1e6:.0f} MB is too little: {model.name} in {config.dtype} needs "
+                f"{model.nbytes / 1e6:.0f} MB for weights; give at least {need / 1e6:.0f}MB",
+                param="memory",
+            )
+        self.pool = PagePool(num_pages)
+        self.arena = Arena(num_pages, self.layout.page_bytes)
+        kernels.bind_arena(self.arena.buffer, self.layout)
+        self._wake = threading.Event()
+        self.store = AdapterStore(
+            self.pool, self.arena, kernels, model.info, dtype, on_ready=self._wake.set, metrics=self.metrics
+        )
+        self.scheduler = Scheduler(
+            config.scheduler,
+            pool=self.pool,
+            residency=self.store,
+            num_layers=arch.num_layers,
+            block_tokens=self.layout.block_tokens,
+            max_model_len=self.max_model_len,
+            metrics=self.metrics,
+        )
+        self._runner = Runner(model, kernels, self.store.rows)
+        self._sink = sink
+        self._inbox: collections.deque[Callable[[], None]] = collections.deque()
+        self._live: dict[str, _Live] = {}
+        self._samplers: dict[int, SequenceSampler] = {}  # by id(sequence)
+        self._events: list[Event] = []
+
+    # -- from any thread -----------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Check a request and queue it. Raises ChiliadError at once when it can never run."""
+        self.check(request)
+        self._post(lambda: self._admit(request))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; it gets "abort" chunks and its Finished event. Unknown ids are ignored."""
+        self._post(lambda: self._cancel(request_id))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` on the engine thread between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._post(run)
+        return future
+
+    def check(self, request: Request) -> None:
+        """Validate against the model; raises InvalidRequest or ContextLengthExceeded."""
+        params, vocab = request.params, self.model.arch.vocab_size
+        if not request.prompt:
+            raise InvalidRequest("the prompt is empty: send at least one token", param="prompt")
+        if not all(0 <= token < vocab for token in request.prompt):
+            raise InvalidRequest(f"prompt has token ids outside [0, {vocab})", param="prompt")
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            for token in ids:
+                if not 0 <= token < vocab:
+                    raise InvalidRequest(f"{name}: token id {token} is outside [0, {vocab})", param=name)
+        if len(request.prompt) + params.max_tokens > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"this model's context holds {self.max_model_len} tokens, but the prompt has "
+                f"{len(request.prompt)} and max_tokens asks for {params.max_tokens}: shorten one of them",
+                param="messages" if params.max_tokens <= self.max_model_len // 2 else "max_tokens",
+            )
+
+    def add_adapter(self, folder: Path, name: str, replace: bool = False) -> AdapterVersion:
+        """Check every byte of an adapter folder and register it. Requests may name it at once.
+
+        Raises InvalidAdapter, AdapterMismatch, AdapterTooLarge or AdapterExists; then nothing
+        has changed.
+        """
+        self.store.check(folder)
+        return self.registry.add(folder, name, replace=replace)
+
+    def remove_adapter(self, name: str) -> Future[int]:
+        """Forget a name. Running requests finish; the result is the bytes freed now or by then."""
+        version = self.registry.remove(name)
+        return self.call(lambda: self.store.remove(version))
+
+    # -- the loop ------------------------------------------------------------------------
+
+    def wait(self, timeout: float) -> None:
+        """Sleep until something may be there to do, at most `timeout` seconds."""
+        self._wake.wait(timeout)
+
+    def step(self) -> bool:
+        """One iteration. False when there was nothing to compute."""
+        self._wake.clear()
+        while self._inbox:
+            self._inbox.popleft()()
+        self.store.poll()
+        plan = self.scheduler.plan()
+        for request, error in self.scheduler.take_failures():
+            self._fail(request.id, error)
+        if plan.work:
+            self._compute(plan)
+        if self._events:
+            events, self._events = self._events, []
+            self._sink(events)
+        return bool(plan.work)
+
+    @property
+    def idle(self) -> bool:
+        return not (self._live or self._inbox)
+
+    def _compute(self, plan: StepPlan) -> None:
+        began = time.perf_counter()
+        try:
+            out = self._runner.run(plan, self._samplers)
+        except Exception as error:
+            # A failing step must not take the neighbours of later steps with it.
+            log.exception("a step failed; its %d sequences end with an error", len(plan.work))
+            for request_id in {work.sequence.request.id for work in plan.work}:
+                self._fail(request_id, error if isinstance(error, ChiliadError) else _internal(error))
+            return
+        self.scheduler.advance(plan, out.tokens)
+        self._publish(plan, out)
+        metrics, seconds = self.metrics, time.perf_counter() - began
+        metrics.steps += 1
+        metrics.generation_tokens += len(out.tokens)
+        metrics.prompt_tokens += plan.num_tokens - sum(work.sample and work.count == 1 for work in plan.work)
+        metrics.step_seconds.observe(seconds)
+        metrics.step_tokens.observe(plan.num_tokens)
+        metrics.batch_distinct_adapters.observe(
+            len({work.sequence.adapter_key for work in plan.work if work.sequence.adapter_key})
+        )
+
+    def _publish(self, plan: StepPlan, out: StepOutput) -> None:
+        for index, scored in out.prompt_logprobs.items():
+            sequence = plan.work[index].sequence
+            choice = self._live[sequence.request.id].choices[sequence.index]
+            if choice.prompt_logprobs is not None:
+                choice.prompt_logprobs.extend(scored)
+        sampled = (work.sequence for work in plan.work if work.sample)
+        for sequence, token, logprob in zip(sampled, out.tokens, out.logprobs, strict=True):
+            self._push(sequence, token, logprob)
+
+    def _push(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        live = self._live[sequence.request.id]
+        choice = live.choices[sequence.index]
+        chunk = choice.push(token, logprob)
+        if chunk is None:
+            return
+        self._events.append(chunk)
+        if chunk.finish_reason is not None:
+            self.scheduler.end(sequence)
+            self._close(live, sequence, choice)
+
+    def _close(self, live: _Live, sequence: Sequence, choice: Choice) -> None:
+        """Count a finished choice; after the last one, the request ends."""
+        del self._samplers[id(sequence)]
+        live.open -= 1
+        live.completion_tokens += choice.num_tokens
+        live.cached_tokens = max(live.cached_tokens, sequence.num_cached)
+        if live.open == 0:
+            request = live.request
+            first = min((s.first_scheduled for s in live.sequences if s.first_scheduled), default=None)
+            queued = 0.0 if first is None else max(0.0, first - request.arrival)
+            usage = Usage(len(request.prompt), live.completion_tokens, live.cached_tokens)
+            self._events.append(Finished(request.id, usage, queued))
+            del self._live[request.id]
+
+    def _post(self, function: Callable[[], None]) -> None:
+        self._inbox.append(function)
+        self._wake.set()
+
+    def _admit(self, request: Request) -> None:
+        if request.id in self._live:
+            error = InvalidRequest(f"request id {request.id!r} is already running", param="id")
+            self._events.append(Failed(request.id, error))
+            return
+        try:
+            sequences = self.scheduler.add(request)
+        except ChiliadError as error:
+            self._events.append(Failed(request.id, error))
+            return
+        live = _Live(request, sequences=sequences, open=len(sequences))
+        for sequence in sequences:
+            stream = self.tokenizer.stream(request.params.skip_special_tokens)
+            live.choices[sequence.index] = Choice(
+                request, sequence.index, stream, self.tokenizer.eos_ids, request.params.max_tokens
+            )
+            self._samplers[id(sequence)] = SequenceSampler(
+                request.params, sequence.index, self.tokenizer.eos_ids
+            )
+        self._live[request.id] = live
+
+    def _cancel(self, request_id: str) -> None:
+        live = self._live.get(request_id)
+        if live is None:
+            return
+        for sequence in self.scheduler.cancel(request_id):
+            choice = live.choices[sequence.index]
+            if choice.finish_reason is None:
+                self._events.append(choice.abort())
+                self._close(live, sequence, choice)
+
+    def _fail(self, request_id: str, error: Exception) -> None:
+        live = self._live.pop(request_id, None)
+        if live is None:
+            return
+        self.scheduler.cancel(request_id)
+        for sequence in live.sequences:
+            self._samplers.pop(id(sequence), None)
+        self._events.append(Failed(request_id, error))
+
+    def fail_all(self, error: Exception) -> None:
+        """End every request with `error` (the engine stops)."""
+        for request_id in list(self._live):
+            self._fail(request_id, error)
+        events, self._events = self._events, []
+        if events:
+            self._sink(events)
+
+    def close(self) -> None:
+        """Stop loading adapters and end what still runs."""
+        self.fail_all(Unavailable("the engine has stopped", retry_after=5.0))
+        self.store.close()
+
+    def stats(self) -> EngineStats:
+        """A look between two steps (call it on the engine thread, through `call`)."""
+        running = collections.Counter(
+            use.adapter.name for s in self.scheduler.running for use in s.request.adapters
+        )
+        waiting = collections.Counter(
+            use.adapter.name for s in self.scheduler.waiting for use in s.request.adapters
+        )
+        resident, loading = self.store.counts()
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            pages_total=self.pool.num_pages,
+            pages=self.pool.usage(),
+            page_bytes=self.layout.page_bytes,
+            adapters_registered=self.registry.count(),
+            adapters_resident=resident,
+            adapters_loading=loading,
+            running_adapters=tuple(name for name, _ in running.most_common(64)),
+            waiting_adapters=tuple(name for name, _ in waiting.most_common(64)),
+            metrics=self.metrics,
+        )
+
+
+def _internal(error: Exception) -> ChiliadError:
+    return ChiliadError(f"internal error: {type(error).__name__}: {error}")
+
+

