@@ -1,0 +1,106 @@
+"""Every family against transformers in float32: prefill, chunked prefill, cached decode, mixed steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from model_harness import Harness
+
+from chiliad.kernels.reference import ReferenceKernels
+from chiliad.models import load_decoder, open_source
+
+TOLERANCE = 1e-4
+LENGTH = 45  # crosses two page boundaries
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+SMALL = {
+    "vocab_size": 101,
+    "hidden_size": 24,
+    "intermediate_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+
+CASES: dict[str, transformers.PretrainedConfig] = {
+    "llama": transformers.LlamaConfig(**SMALL),
+    "llama-tied-llama3": transformers.LlamaConfig(**SMALL, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "llama-linear": transformers.LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}
+    ),
+    "llama-biases-wide-heads": transformers.LlamaConfig(
+        **SMALL | {"num_key_value_heads": 6},
+        attention_bias=True,
+        mlp_bias=True,
+        head_dim=10,
+        rms_norm_eps=1e-3,
+    ),
+}
+
+
+def save(config: transformers.PretrainedConfig, folder: Path, **kwargs: object) -> torch.nn.Module:
+    """A random model of this config, written to `folder`; every parameter is far from its initial value."""
+    torch.manual_seed(7)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.1))
+            assert parameter.abs().max() > 0, name
+    model.save_pretrained(folder, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
+    model = save(CASES[case], tmp_path)
+    kernels = ReferenceKernels()
+    decoder, _ = load_decoder(open_source(str(tmp_path)), kernels, "float32")
+    vocab = CASES[case].vocab_size
+    prompts = torch.randint(0, vocab, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = model(prompts).logits
+    assert expected.std() > 0.1  # the comparison below is not about zeros
+    harness = Harness(decoder, kernels)
+    a, b, c = prompts.tolist()
+
+    whole = harness.step([(0, a)])[0]  # one prefill
+    chunks = [harness.step([(1, b[i:j])])[0] for i, j in ((0, 7), (7, 16), (16, 33), (33, LENGTH))]
+    decode = [harness.step([(2, c[:13])])[0]]
+    for i in range(13, LENGTH):  # one token at a time, beside the prefill of another sequence
+        other = [(3, a[(i - 13) * 2 : (i - 12) * 2])] if i < 33 else []
+        decode.append(harness.step([(2, [c[i]]), *other])[0])
+
+    for got, want in zip((whole, torch.cat(chunks), torch.cat(decode)), expected, strict=True):
+        assert (got - want).abs().max() <= TOLERANCE
+
+
+def test_only_the_rows_asked_for(tmp_path: Path) -> None:
+    save(CASES["llama"], tmp_path)
+    kernels = ReferenceKernels()
+    decoder, _ = load_decoder(open_source(str(tmp_path)), kernels, "float32")
+    harness = Harness(decoder, kernels)
+    forward, seen = decoder.forward, []
+
+    def spy(token_ids: torch.Tensor, step: object, rows: torch.Tensor) -> torch.Tensor:
+        every = forward(token_ids, step, rows)  # type: ignore[arg-type]
+        some = forward(token_ids, step, torch.tensor([4, 1]))  # type: ignore[arg-type]
+        none = forward(token_ids, step, torch.tensor([], dtype=torch.int64))  # type: ignore[arg-type]
+        assert torch.equal(some, every[[4, 1]])
+        assert none.shape == (0, 101)
+        seen.append(True)
+        return every
+
+    decoder.forward = spy  # type: ignore[method-assign]
+    harness.step([(0, [1, 2, 3, 4, 5])])
+    assert seen
