@@ -7,13 +7,15 @@ its definition ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from chiliad.errors import InvalidModel
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
+Activation = Literal["silu_mul", "gelu_tanh_mul", "gelu_tanh", "gelu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Arch:
     max_positions: int
     norm: Literal["rms", "layer"]
     norm_eps: float
-    activation: Literal["silu_mul", "gelu_tanh_mul", "gelu_tanh", "gelu"]
+    activation: Activation
     attention_scale: float
     tied: bool  # lm_head shares the embedding's weight
     windows: tuple[int, ...]  # per layer; 0 sees everything, w sees the last w tokens
@@ -117,61 +119,76 @@ class _Fields:
         if value is not None and value not in accepted:
             raise InvalidModel(f"config: {name}={value!r} is not supported", param=name)
 
-    def choice(self, name: str, table: Mapping[str, str], default: str) -> str:
-        value = self.get(name, default)
+    def choice(self, name: str, table: Mapping[str, Activation]) -> Activation:
+        """A name that must be in the table; left out, it is the table's first."""
+        value = self.get(name, next(iter(table)))
         if not isinstance(value, str) or value not in table:
             raise InvalidModel(
-                f"config: {name}={value!r} is not supported; use {', '.join(table)}", param=name
+                f"config: {name}={value!r} is not supported; chiliad knows {', '.join(table)}", param=name
             )
         return table[value]
+
+    def tokens(self, name: str) -> tuple[int, ...]:
+        """Token ids: null, one, or a list."""
+        value = self.get(name, [])
+        ids = value if isinstance(value, list) else [value]
+        known = tuple(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
+        if len(known) < len(ids):
+            raise InvalidModel(f"config: {name} must be token ids, got {value!r}", param=name)
+        return known
+
+    def token(self, name: str) -> int | None:
+        return next(iter(self.tokens(name)), None)
 
     def finish(self) -> None:
         """Refuse fields that no one has read, unless they say nothing or do not change the model."""
         unknown = [
-            f"{name}={value!r}"
+            name
             for name, value in self._values.items()
-            if name not in self._read
-            and name not in _HARMLESS
+            if name not in self._read | _HARMLESS
             and not name.startswith("_")
             and value not in (None, False, [], {})
         ]
         if unknown:
+            shown = ", ".join(f"{name}={str(self._values[name])[:40]}" for name in unknown[:8])
             raise InvalidModel(
-                f"config: unsupported fields {', '.join(unknown)}; they may change what the model computes",
-                param=unknown[0].split("=")[0],
+                f"config: unsupported fields {shown}; they may change what the model computes",
+                param=unknown[0],
             )
 
 
 #: Fields that do not change what a decoder computes: bookkeeping, training, generation defaults.
 _HARMLESS = frozenset(
-    """architectures auto_map attention_dropout bos_token_id cache_implementation chunk_size_feed_forward
-    classifier_dropout dtype embd_pdrop eos_token_id attn_pdrop finetuning_task hidden_dropout
-    id2label initializer_range is_decoder is_llama_config label2id max_window_layers model_type
-    n_ctx name_or_path pad_token_id pretraining_tp problem_type resid_pdrop return_dict
-    reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj task_specific_params tokenizer_class torch_dtype torchscript transformers.js_config
-    transformers_version unsloth_fixed unsloth_version use_cache bad_words_ids begin_suppress_tokens
-    diversity_penalty do_sample early_stopping length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
-    output_hidden_states output_scores prefix remove_invalid_values repetition_penalty
-    return_dict_in_generate sep_token_id suppress_tokens temperature tf_legacy_loss top_k top_p typical_p
-    use_bfloat16 encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
-    forced_eos_token_id decoder_start_token_id""".split()  # noqa: SIM905
+    """architectures attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens
+    cache_implementation chunk_size_feed_forward classifier_dropout decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    hidden_dropout id2label initializer_range is_decoder is_llama_config label2id length_penalty
+    max_length min_length model_type n_ctx name_or_path no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id
+    prefix pretraining_tp problem_type remove_invalid_values reorder_and_upcast_attn
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
+    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
+    unsloth_version use_bfloat16 use_cache""".split()  # noqa: SIM905
 )
 
 
-def _ids(value: object) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
+def _mapping(fields: _Fields, name: str) -> dict[str, object]:
+    value = fields.get(name, {})
+    if not isinstance(value, dict):
+        raise InvalidModel(f"config: {name} must be an object, got {value!r}", param=name)
+    return value
 
 
 def _rope(parameters: Mapping[str, object], theta: float, max_positions: int) -> Rope:
-    """One rope_parameters (or the older rope_scaling) entry."""
+    """One rope_parameters (or the older rope_scaling) object; `theta` unless it names its own."""
     fields = _Fields(parameters)
     kind = fields.get("rope_type", fields.get("type", "default"))
     fields.get("type")
     theta = fields.number("rope_theta", theta)
-    fields.only("partial_rotary_factor", 1, 1.0)
+    fields.only("partial_rotary_factor", 1.0)
     if kind == "default":
         rope = Rope(theta)
     elif kind == "linear":
@@ -185,64 +202,80 @@ def _rope(parameters: Mapping[str, object], theta: float, max_positions: int) ->
             low_freq_factor=fields.number("low_freq_factor"),
             high_freq_factor=fields.number("high_freq_factor"),
         )
+    elif kind == "yarn":
+        factor = fields.number("factor")
+        rope = Rope(
+            theta,
+            "yarn",
+            factor,
+            fields.integer("original_max_position_embeddings", max_positions),
+            beta_fast=fields.number("beta_fast", 32),
+            beta_slow=fields.number("beta_slow", 1),
+            truncate=fields.flag("truncate", True),
+            magnitude=fields.number("attention_factor", _yarn_magnitude(fields, factor)),
+        )
     else:
         raise InvalidModel(
-            f"config: rope type {kind!r} is not supported; chiliad knows default, linear, llama3",
-            param="rope_scaling",
+            f"config: rope type {kind!r} is not supported; chiliad knows default, linear, llama3 and yarn",
+            param="rope_type",
         )
     fields.finish()
     return rope
 
 
-def _mapping(fields: _Fields, name: str) -> dict[str, object]:
-    value = fields.get(name, {})
-    if not isinstance(value, dict):
-        raise InvalidModel(f"config: {name} must be an object, got {value!r}", param=name)
-    return value
+def _yarn_magnitude(fields: _Fields, factor: float) -> float:
+    """YaRN's factor on cos and sin (arXiv:2309.00071, 3.4), with DeepSeek's two-sided variant."""
+
+    def magnitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    above, below = fields.number("mscale", 0), fields.number("mscale_all_dim", 0)
+    return magnitude(above) / magnitude(below) if above and below else magnitude(1.0)
 
 
-def _one_rope(fields: _Fields, max_positions: int, default_theta: float = 10_000.0) -> Rope:
-    """The rope of models whose layers share one."""
-    theta = fields.number("rope_theta", default_theta)
-    fields.only("partial_rotary_factor", 1, 1.0)
+def _shared_rope(fields: _Fields, layers: int) -> tuple[Rope, ...]:
+    """One rope for all layers. Newer configs say rope_parameters, older rope_theta and rope_scaling."""
+    theta, longest = fields.number("rope_theta", 10_000.0), fields.integer("max_position_embeddings")
+    fields.only("partial_rotary_factor", 1.0)
     fields.only("rope_interleaved", False)
-    parameters = _mapping(fields, "rope_scaling") or _mapping(fields, "rope_parameters")
-    fields.get("rope_parameters")
-    return _rope(parameters, theta, max_positions)
+    older, newer = _mapping(fields, "rope_scaling"), _mapping(fields, "rope_parameters")
+    return (_rope(older or newer, theta, longest),) * layers
 
 
-def _window_types(fields: _Fields, layers: int, default: list[str]) -> list[str]:
-    types = fields.get("layer_types", default)
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+def _layer_windows(fields: _Fields, layers: int, default: Callable[[int], bool]) -> tuple[int, ...]:
+    """Windows from layer_types; `default(i)` says whether layer i slides where the config does not."""
+    full, sliding = "full_attention", "sliding_attention"
+    types = fields.get("layer_types", [sliding if default(i) else full for i in range(layers)])
+    if not isinstance(types, list) or len(types) != layers or not {full, sliding}.issuperset(types):
         raise InvalidModel(
-            f"config: layer_types must be {layers} times one of {', '.join(known)}, got {types!r}",
+            f"config: layer_types must be {layers} times {full} or {sliding}, got {types!r}",
             param="layer_types",
         )
-    return types
+    if sliding not in types:
+        fields.get("sliding_window")
+        return (0,) * layers
+    window = fields.integer("sliding_window")
+    return tuple(window if kind == sliding else 0 for kind in types)
 
 
-_GATED = {"silu": "silu_mul", "swish": "silu_mul", "gelu_pytorch_tanh": "gelu_tanh_mul"}
+_GATED: dict[str, Activation] = {
+    "silu": "silu_mul",
+    "swish": "silu_mul",
+    "gelu_pytorch_tanh": "gelu_tanh_mul",
+}
+_PLAIN: dict[str, Activation] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
-def _llama_like(
+def _trunk(
     fields: _Fields,
     *,
+    windows: tuple[int, ...],
+    ropes: tuple[Rope, ...],
+    activation: str = "hidden_act",  # the field that names it
     head_dim: int | None = None,
-    rope: Callable[[_Fields, int, int], tuple[Rope, ...]] | None = None,
-    windows: tuple[int, ...] | None = None,
-    activation: str | None = None,
-    attention_scale: float | None = None,
-    qkv_bias: bool = False,
-    out_bias: bool = False,
-    mlp_bias: bool = False,
-    head_norms: bool = False,
-    post_norms: bool = False,
-    norm_offset: float = 0.0,
-    scale_embedding: bool = False,
     tied: bool = False,
 ) -> Arch:
-    """The common trunk: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+    """What the families share: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
     hidden, layers = fields.integer("hidden_size"), fields.integer("num_hidden_layers")
     heads = fields.integer("num_attention_heads")
     kv_heads = fields.integer("num_key_value_heads", heads)
@@ -254,7 +287,6 @@ def _llama_like(
         )
     if head_dim % 2:
         raise InvalidModel(f"config: head_dim={head_dim} must be even to rotate", param="head_dim")
-    max_positions = fields.integer("max_position_embeddings")
     return Arch(
         family=str(fields.get("model_type")),
         vocab=fields.integer("vocab_size"),
@@ -264,29 +296,123 @@ def _llama_like(
         kv_heads=kv_heads,
         head_dim=head_dim,
         ffn=fields.integer("intermediate_size"),
-        max_positions=max_positions,
+        max_positions=fields.integer("max_position_embeddings"),
         norm="rms",
         norm_eps=fields.number("rms_norm_eps", 1e-6),
-        activation=activation or fields.choice("hidden_act", _GATED, "silu"),  # type: ignore[arg-type]
-        attention_scale=head_dim**-0.5 if attention_scale is None else attention_scale,
+        activation=fields.choice(activation, _GATED),
+        attention_scale=head_dim**-0.5,
         tied=fields.flag("tie_word_embeddings", tied),
-        windows=windows or (0,) * layers,
-        ropes=rope(fields, layers, max_positions) if rope else (_one_rope(fields, max_positions),) * layers,
-        qkv_bias=qkv_bias,
-        out_bias=out_bias,
-        mlp_bias=mlp_bias,
-        head_norms=head_norms,
-        post_norms=post_norms,
-        norm_offset=norm_offset,
-        embed_scale=hidden**0.5 if scale_embedding else 1.0,
-        bos_id=next(iter(_ids(fields.get("bos_token_id"))), None),
-        eos_ids=_ids(fields.get("eos_token_id")),
+        windows=windows,
+        ropes=ropes,
+        bos_id=fields.token("bos_token_id"),
+        eos_ids=fields.tokens("eos_token_id"),
     )
 
 
 def _llama(fields: _Fields) -> Arch:
+    layers = fields.integer("num_hidden_layers")
     bias = fields.flag("attention_bias", False)
-    return _llama_like(fields, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
+    arch = _trunk(fields, windows=(0,) * layers, ropes=_shared_rope(fields, layers))
+    return replace(arch, qkv_bias=bias, out_bias=bias, mlp_bias=fields.flag("mlp_bias", False))
 
 
-_FAMILIES: dict[str, Callable[[_Fields], Arch]] = {"llama": _llama}
+def _mistral(fields: _Fields) -> Arch:
+    layers = fields.integer("num_hidden_layers")
+    # left out, it is the first Mistral's 4096; null means none
+    none = fields.has("sliding_window") and fields.get("sliding_window") is None
+    window = 0 if none else fields.integer("sliding_window", 4096)
+    return _trunk(fields, windows=(window,) * layers, ropes=_shared_rope(fields, layers))
+
+
+def _qwen2(fields: _Fields) -> Arch:
+    return replace(_qwen(fields), qkv_bias=True)
+
+
+def _qwen3(fields: _Fields) -> Arch:
+    bias = fields.flag("attention_bias", False)
+    return replace(_qwen(fields, head_dim=128), qkv_bias=bias, out_bias=bias, head_norms=True)
+
+
+def _qwen(fields: _Fields, head_dim: int | None = None) -> Arch:
+    layers, first = fields.integer("num_hidden_layers"), fields.integer("max_window_layers", 28)
+    slides = fields.flag("use_sliding_window", False)
+    windows = _layer_windows(fields, layers, lambda i: slides and i >= first)
+    if any(windows) and not slides:
+        raise InvalidModel("config: layer_types slide but use_sliding_window is false", param="layer_types")
+    return _trunk(fields, windows=windows, ropes=_shared_rope(fields, layers), head_dim=head_dim)
+
+
+def _gemma3(fields: _Fields) -> Arch:
+    layers, longest = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings")
+    for field in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        fields.only(field, False)
+    every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
+    windows = _layer_windows(fields, layers, lambda i: (i + 1) % every != 0)
+    # Newer configs name the ropes by layer type; older ones scale only that of the full layers.
+    older = {"full_attention": _mapping(fields, "rope_scaling")}
+    named = _Fields(_mapping(fields, "rope_parameters") or older)
+    theta, local_theta = fields.number("rope_theta", 1e6), fields.number("rope_local_base_freq", 1e4)
+    full = _rope(_mapping(named, "full_attention"), theta, longest)
+    sliding = _rope(_mapping(named, "sliding_attention"), local_theta, longest)
+    named.finish()
+    arch = _trunk(
+        fields,
+        windows=windows,
+        ropes=tuple(sliding if window else full for window in windows),
+        activation="hidden_activation",
+        head_dim=256,
+        tied=True,
+    )
+    bias = fields.flag("attention_bias", False)
+    return replace(
+        arch,
+        attention_scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
+        qkv_bias=bias,
+        out_bias=bias,
+        head_norms=True,
+        post_norms=True,
+        norm_offset=1.0,
+        embed_scale=arch.hidden**0.5,
+    )
+
+
+def _gpt2(fields: _Fields) -> Arch:
+    hidden, heads, layers = fields.integer("n_embd"), fields.integer("n_head"), fields.integer("n_layer")
+    if hidden % heads:
+        raise InvalidModel(f"config: n_embd={hidden} does not divide among {heads} heads", param="n_head")
+    for field in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
+        fields.only(field, False)
+    scaled = fields.flag("scale_attn_weights", True)
+    return Arch(
+        family="gpt2",
+        vocab=fields.integer("vocab_size"),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        ffn=fields.integer("n_inner", 4 * hidden),
+        max_positions=fields.integer("n_positions"),
+        norm="layer",
+        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
+        activation=fields.choice("activation_function", _PLAIN),
+        attention_scale=(hidden // heads) ** -0.5 if scaled else 1.0,
+        tied=fields.flag("tie_word_embeddings", True),
+        windows=(0,) * layers,
+        ropes=(None,) * layers,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        bos_id=fields.token("bos_token_id"),
+        eos_ids=fields.tokens("eos_token_id"),
+    )
+
+
+_FAMILIES: dict[str, Callable[[_Fields], Arch]] = {
+    "gemma3_text": _gemma3,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}

@@ -176,4 +176,18 @@ def _frequencies(rope: Rope, head_dim: int) -> Tensor:
         low, high = rope.low_freq_factor, rope.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - keep) * frequency / rope.factor + keep * frequency
+    if rope.kind == "yarn":
+        # The same idea over the index of the frequency: kept below `low`, stretched above `high`.
+        def index(turns: float) -> float:
+            """Which frequency makes this many turns in the original context."""
+            wave = rope.original_positions / (turns * 2 * math.pi)
+            return head_dim * math.log(wave) / (2 * math.log(rope.theta))
+
+        low, high = index(rope.beta_fast), index(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        indices = torch.arange(head_dim // 2, dtype=torch.float32)
+        stretch = ((indices - low) / (high - low or 0.001)).clamp(0, 1)
+        return stretch * frequency / rope.factor + (1 - stretch) * frequency
     return frequency

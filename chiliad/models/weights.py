@@ -17,6 +17,7 @@ from chiliad.errors import InvalidConfig, InvalidModel
 from chiliad.kernels.base import Kernels
 from chiliad.models.arch import Arch
 from chiliad.models.decoder import Decoder
+from chiliad.models.gpt2 import GPT2Decoder
 from chiliad.models.layers import Blueprint, Linear, Norm, Parts, Shapes, Table
 from chiliad.models.sources import Source, open_source
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 Tensor = torch.Tensor
 
-_DECODERS: dict[str, type[Decoder]] = {}  # families with a decoder of their own
+_DECODERS: dict[str, type[Decoder]] = {"gpt2": GPT2Decoder}  # families with one of their own
 _SAMPLE = 4096  # elements of each tensor that enter the fingerprint
 _SHOWN = 8  # names listed in one error message
 

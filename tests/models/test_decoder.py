@@ -46,6 +46,48 @@ CASES: dict[str, transformers.PretrainedConfig] = {
         head_dim=10,
         rms_norm_eps=1e-3,
     ),
+    "llama-yarn": transformers.LlamaConfig(
+        **SMALL | {"head_dim": 16},
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "mistral-window": transformers.MistralConfig(**SMALL, sliding_window=11),
+    "mistral-no-window": transformers.MistralConfig(
+        **SMALL, sliding_window=None, hidden_act="gelu_pytorch_tanh"
+    ),
+    "qwen2": transformers.Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen2-upper-windows": transformers.Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=13, max_window_layers=1
+    ),
+    "qwen3": transformers.Qwen3Config(**SMALL, head_dim=14, tie_word_embeddings=True),
+    "qwen3-biases": transformers.Qwen3Config(**SMALL, head_dim=8, attention_bias=True),
+    "gemma3": transformers.Gemma3TextConfig(
+        **SMALL | {"num_hidden_layers": 4},
+        head_dim=10,
+        sliding_window=9,
+        sliding_window_pattern=3,
+        query_pre_attn_scalar=17,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "gpt2": transformers.GPT2Config(vocab_size=101, n_positions=64, n_embd=24, n_layer=3, n_head=4),
+    "gpt2-untied": transformers.GPT2Config(
+        vocab_size=101,
+        n_positions=64,
+        n_embd=24,
+        n_layer=2,
+        n_head=3,
+        n_inner=50,
+        activation_function="gelu",
+        tie_word_embeddings=False,
+        scale_attn_weights=False,
+    ),
 }
 
 
