@@ -389,7 +389,7 @@ class GGUF:
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(info.offset)
-                view, filled = memoryview(data), 0
+                view, filled = data.data, 0
                 while filled < info.nbytes:  # one read returns at most 2 GiB
                     count = file.readinto(view[filled:])
                     if not count:
