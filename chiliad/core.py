@@ -46,9 +46,10 @@ class AdapterVersion:
 
     name: str
     version: int
-    digest: str  # blake2b-256 of config and tensors, hex: the identity that KV keys use
+    digest: str  # hex: the identity that KV keys use; `adapters.peft.PeftFolder` says of what
     path: str  # folder with adapter_config.json and adapter_model.safetensors
     nbytes: int  # size of the tensor file on disk
+    ranks: tuple[int, ...] = field(default=(), compare=False, repr=False)  # by slot; () if not known
 
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
