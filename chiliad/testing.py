@@ -126,12 +126,11 @@ def tiny_config(family: Family = "llama", **overrides: object) -> dict[str, obje
             "max_position_embeddings": 512,
             "rms_norm_eps": 1e-6 if gemma else 1e-5,
             "rope_theta": 10000.0,
-            "hidden_act": "silu",
+            "hidden_activation" if gemma else "hidden_act": "gelu_pytorch_tanh" if gemma else "silu",
             "tie_word_embeddings": gemma,
         }
         if gemma:
             config |= {
-                "hidden_activation": "gelu_pytorch_tanh",
                 "query_pre_attn_scalar": 16,
                 "sliding_window": 32,
                 "layer_types": ["sliding_attention", "full_attention"],
