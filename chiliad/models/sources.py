@@ -117,6 +117,12 @@ class GGUFFile:
             aliases.append(title)
         return GGUFFile(file, name, tuple(dict.fromkeys(aliases)), file.arch_config())
 
+    @staticmethod
+    def packaged(package: str) -> GGUFFile:
+        """The model inside an installed Python package."""
+        file, model = open_gguf(locate(package)), PACKAGES[package]
+        return GGUFFile(file, model.name, model.aliases, file.arch_config())
+
     def shapes(self) -> Shapes:
         shapes = {name: info.shape for name, info in self.file.hf_names().items()}
         if self.file.architecture == "gpt2":  # Conv1D weights are turned when they are read
