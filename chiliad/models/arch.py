@@ -282,7 +282,7 @@ def _trunk(
     head_dim = fields.integer("head_dim", head_dim or hidden // heads)
     if heads % kv_heads:
         raise InvalidModel(
-            f"config: {heads} attention heads do not divide among {kv_heads} key-value heads",
+            f"config: num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}",
             param="num_key_value_heads",
         )
     if head_dim % 2:
@@ -379,7 +379,7 @@ def _gemma3(fields: _Fields) -> Arch:
 def _gpt2(fields: _Fields) -> Arch:
     hidden, heads, layers = fields.integer("n_embd"), fields.integer("n_head"), fields.integer("n_layer")
     if hidden % heads:
-        raise InvalidModel(f"config: n_embd={hidden} does not divide among {heads} heads", param="n_head")
+        raise InvalidModel(f"config: n_embd={hidden} is not a multiple of n_head={heads}", param="n_head")
     for field in ("add_cross_attention", "scale_attn_by_inverse_layer_idx"):
         fields.only(field, False)
     scaled = fields.flag("scale_attn_weights", True)
