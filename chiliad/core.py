@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -116,7 +116,7 @@ class SequenceState(enum.Enum):
 class Work:
     """What one sequence does in one step: compute tokens [start, start + count)."""
 
-    sequence: object  # engine.scheduler.Sequence
+    sequence: Any  # engine.scheduler.Sequence
     start: int  # first position computed in this step
     count: int  # number of tokens computed in this step (1 when decoding)
     sample: bool  # the last of them yields the next token

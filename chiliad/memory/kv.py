@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from chiliad.kernels.base import KVLayout
-from chiliad.memory.arena import ALIGN
+if TYPE_CHECKING:
+    import torch
 
+    from chiliad.kernels.base import KVLayout
+
+_ALIGN = 64  # bytes: rows start at multiples of it (arena.ALIGN)
 _MAX_WASTE = 0.125  # share of a page that adapter rows may leave empty
 _MAX_BLOCK = 64  # tokens: beyond it, half-filled last blocks cost more than rows waste
 
@@ -29,8 +32,10 @@ def kv_layout(
     tokens the smallest is taken whose pages such rows fill to seven eighths, else the one
     they fill best.
     """
+    from chiliad.kernels.base import KVLayout  # here, so that the scheduler's BlockTable needs no torch
+
     token_bytes = 2 * num_kv_heads * head_dim * dtype.itemsize
-    rows = [-(-nbytes // ALIGN) * ALIGN for nbytes in row_bytes]
+    rows = [-(-nbytes // _ALIGN) * _ALIGN for nbytes in row_bytes]
 
     def waste(block_tokens: int) -> float:
         page = token_bytes * block_tokens

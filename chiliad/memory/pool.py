@@ -77,7 +77,7 @@ class PagePool:
         self._used = [0] * len(Owner)  # pages by owner; index FREE is unused
         self._peak = [0] * len(Owner)
         self._limit = [num_pages] * len(Owner)
-        self._split = adapter_share is not None
+        self.split = adapter_share is not None
         if adapter_share is not None:
             self._limit[Owner.ADAPTER] = int(num_pages * adapter_share)
             self._limit[Owner.KV] = num_pages - self._limit[Owner.ADAPTER]
@@ -95,7 +95,7 @@ class PagePool:
 
     def limit(self, owner: Owner) -> int:
         """Pages that `owner` could ever hold: its share, minus what is pinned if there is no split."""
-        return self._limit[owner] if self._split else self.num_pages - self._used[Owner.PINNED]
+        return self._limit[owner] if self.split else self.num_pages - self._used[Owner.PINNED]
 
     def available(self, owner: Owner) -> int:
         """Pages that `alloc(..., owner)` could deliver now, evictions included."""
@@ -105,7 +105,7 @@ class PagePool:
                 own += evictable.evictable_pages()
             else:
                 other += evictable.evictable_pages()
-        if not self._split:
+        if not self.split:
             return self._free + own + other
         # Evicting one's own pages makes room in the share; evicting another's only frees pages.
         return min(self._free + own + other, self._limit[owner] - self._used[owner] + own)
@@ -120,7 +120,7 @@ class PagePool:
         Asks the registered caches for their least valuable items on shortage. Raises
         OutOfMemory, having taken and evicted nothing, when even that would not be enough.
         """
-        if n > self._free or (self._split and self._used[owner] + n > self._limit[owner]):
+        if n > self._free or (self.split and self._used[owner] + n > self._limit[owner]):
             self._make_room(n, owner)
         top = self._free
         pages = self._stack[top - n : top][::-1].copy()
