@@ -138,8 +138,13 @@ class LinearSpec:
 
 
 class PackedLinear(Protocol):
-    spec: LinearSpec
-    nbytes: int
+    @property
+    def spec(self) -> LinearSpec:
+        """What was packed."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass over the weight reads."""
 
 
 Activation = Literal["silu_mul", "gelu_tanh_mul", "gelu_tanh", "gelu"]

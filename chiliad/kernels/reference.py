@@ -19,8 +19,9 @@ from chiliad.kernels.base import (
     KVLayout,
     LinearSpec,
     NormSpec,
-    Sampled,
+    PackedLinear,
     SampleBatch,
+    Sampled,
     Segment,
     Step,
     Tensor,
@@ -48,7 +49,7 @@ def quantize_rows(weight: Tensor, dtype: str) -> Tensor:
     if dtype == "int8":
         scale = w.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
         return (w / scale).round().clamp(-127, 127) * scale
-    groups = w.unflatten(1, (-1, _GROUP))
+    groups = w.view(w.shape[0], -1, _GROUP)
     # the extreme value of a group maps to -8, so that all 16 levels are used
     extreme = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
     scale = extreme / -8
@@ -68,7 +69,7 @@ class ReferenceKernels:
 
     # -- preparation ---------------------------------------------------------------------
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, spec: LinearSpec) -> ReferenceLinear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, spec: LinearSpec) -> PackedLinear:
         if weight.shape != (spec.out_features, spec.in_features):
             raise KernelError(f"weight {tuple(weight.shape)} does not fit {spec}")
         if spec.dtype in ("int8", "int4"):
@@ -105,18 +106,18 @@ class ReferenceKernels:
     def project(
         self,
         x: Tensor,
-        linear: ReferenceLinear,
+        linear: PackedLinear,
         step: Step | None,
         *,
         norm: NormSpec | None = None,
         activation: Activation | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
+        assert isinstance(linear, ReferenceLinear)
         if norm is not None:
             x = self.norm(x, norm)
         spec, weight = linear.spec, linear.weight.float()
-        rounded = x.to(torch.bfloat16).float() if spec.dtype == "bfloat16" else x
-        y = F.linear(rounded, weight, linear.bias)
+        y = F.linear(self._rounded(x, spec), weight, linear.bias)
         for segment in step.segments if step is not None else []:
             if segment.adapter is not None:
                 self._apply_adapter(x, y, linear, segment)
@@ -126,6 +127,11 @@ class ReferenceKernels:
         elif activation is not None:
             y = F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
         return y if residual is None else residual.add_(y)
+
+    @staticmethod
+    def _rounded(x: Tensor, spec: LinearSpec) -> Tensor:
+        """What the base GEMM sees of its input: bfloat16 weights multiply bfloat16 inputs."""
+        return x.to(torch.bfloat16).float() if spec.dtype == "bfloat16" else x
 
     def _apply_adapter(self, x: Tensor, y: Tensor, linear: ReferenceLinear, segment: Segment) -> None:
         """y = g * (W (d * x) + bias) + scale * B (A x) + c, on one segment's rows, in place."""
@@ -142,7 +148,8 @@ class ReferenceKernels:
                 if vectors.d is not None:
                     d = self._row(vectors.d, linear.spec.in_features, adapter.dtype)
                     bias = None if linear.bias is None else linear.bias[columns]
-                    out = F.linear(x[rows] * d, linear.weight[columns].float(), bias)
+                    scaled = self._rounded(x[rows] * d, linear.spec)
+                    out = F.linear(scaled, linear.weight[columns].float(), bias)
                 if vectors.g is not None:
                     out = out * self._row(vectors.g, size, adapter.dtype)
                 if vectors.c is not None:
@@ -164,7 +171,8 @@ class ReferenceKernels:
 
     def _kv_views(self, page: int) -> tuple[Tensor, Tensor]:
         """K as [heads, head_dim, tokens] and V as [heads, tokens, head_dim], views of one page."""
-        assert self._arena is not None and self._layout is not None
+        assert self._arena is not None
+        assert self._layout is not None
         kv, pair = self._layout, self._layout.pair
         numel = kv.num_kv_heads * kv.head_dim * kv.block_tokens
         start = page * kv.page_bytes
@@ -184,7 +192,8 @@ class ReferenceKernels:
         k_norm: NormSpec | None = None,
     ) -> None:
         kv = self._layout
-        assert kv is not None and self._arena is not None
+        assert kv is not None
+        assert self._arena is not None
         heads = qkv.view(qkv.shape[0], num_heads + 2 * kv.num_kv_heads, kv.head_dim)
         q = heads[:, :num_heads]
         k = heads[:, num_heads : num_heads + kv.num_kv_heads]
@@ -209,7 +218,7 @@ class ReferenceKernels:
                 if offset == 0:
                     self._arena[page * kv.page_bytes : (page + 1) * kv.page_bytes] = 0
                 k_view, v_view = self._kv_views(page)
-                k_view[:, :, :, offset] = k[row].unflatten(-1, (-1, pair)).to(kv.dtype)
+                k_view[:, :, :, offset] = k[row].view(kv.num_kv_heads, -1, pair).to(kv.dtype)
                 v_view[:, offset // pair, offset % pair, :] = v[row].to(kv.dtype)
 
     def attention(
@@ -249,10 +258,8 @@ class ReferenceKernels:
         top_logprobs: list[np.ndarray] = []
         for i, raw in enumerate(logits):
             adjusted = self._adjust(raw, batch, i)
-            if batch.temperature[i] == 0:
-                token = int(adjusted.argmax())
-            else:
-                token = self._draw(adjusted, batch, i)
+            greedy = batch.temperature[i] == 0
+            token = int(adjusted.argmax()) if greedy else self._draw(adjusted, batch, i)
             tokens[i] = token
             k = int(batch.logprobs[i])
             logprobs = torch.log_softmax(raw, dim=-1) if k >= 0 else raw

@@ -1,0 +1,259 @@
+// Checks, packing and the plan of one `project` call; linear.inl does the arithmetic.
+#include "linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <string>
+
+namespace chiliad {
+
+extern const LinearOps linear_generic;
+#if CHILIAD_HAS_AVX2
+extern const LinearOps linear_avx2, linear_avx512, linear_avx512bf16, linear_amx;
+#endif
+
+namespace {
+
+const LinearOps& ops_of(Isa isa) {
+  switch (isa) {
+#if CHILIAD_HAS_AVX2
+    case Isa::avx2: return linear_avx2;
+    case Isa::avx512: return linear_avx512;
+    case Isa::avx512bf16: return linear_avx512bf16;
+    case Isa::amx: return linear_amx;
+#endif
+    default: return linear_generic;
+  }
+}
+
+std::uint16_t round_bf16(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<std::uint16_t>((bits >> 16) | 0x40);
+  return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Weights as they come: [out, in], float32 or bfloat16.
+struct Source {
+  const void* data;
+  DType dtype;
+  int in_features;
+  float operator()(int row, int k) const {
+    const std::size_t i = static_cast<std::size_t>(row) * in_features + k;
+    if (dtype == DType::float32) return static_cast<const float*>(data)[i];
+    const std::uint32_t bits = std::uint32_t{static_cast<const std::uint16_t*>(data)[i]} << 16;
+    float y;
+    std::memcpy(&y, &bits, 4);
+    return y;
+  }
+};
+
+void pack_block(const PackedLinear& linear, const Source& weight, int index, std::byte* panel) {
+  const Block& block = linear.blocks[index];
+  const int half = index % 2;
+  for (int n = 0; n < block.width; ++n) {
+    const int row = block.out + n;
+    if (linear.dtype == DType::float32) {
+      float* to = reinterpret_cast<float*>(panel) + half * kBlock + n;
+      for (int k = 0; k < linear.in_features; ++k) to[static_cast<std::size_t>(k) * kPanel] = weight(row, k);
+    } else {
+      auto* to = reinterpret_cast<std::uint16_t*>(panel) + half * 512 + n * 2;
+      for (int k = 0; k < linear.in_features; ++k)
+        to[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2] = round_bf16(weight(row, k));
+    }
+  }
+}
+
+void lay_out(PackedLinear& linear) {
+  std::vector<int> first(linear.sizes.size(), 0);
+  std::partial_sum(linear.sizes.begin(), linear.sizes.end() - 1, first.begin() + 1);
+  const int count = static_cast<int>(linear.sizes.size());
+  linear.paired = count == 2 && linear.sizes[0] == linear.sizes[1];
+  auto add = [&](int p, int column) {
+    linear.blocks.push_back({p, column, std::min(kBlock, linear.sizes[p] - column), first[p] + column});
+  };
+  if (linear.paired)
+    for (int column = 0; column < linear.sizes[0]; column += kBlock) add(0, column), add(1, column);
+  else
+    for (int p = 0; p < count; ++p)
+      for (int column = 0; column < linear.sizes[p]; column += kBlock) add(p, column);
+  if (linear.blocks.size() % 2) linear.blocks.push_back({-1, 0, 0, 0});
+  linear.num_panels = static_cast<int>(linear.blocks.size()) / 2;
+}
+
+// What one call plans; kept to save allocations. One per thread: an op runs on one thread.
+struct Plans {
+  std::vector<Use> uses;
+  std::vector<int> uses_from, scaled_at;
+  std::vector<ShrinkTask> shrinks;
+  std::vector<const std::byte*> tiles;
+};
+
+enum Scratch { kInputs, kNormed, kScaled, kShrunk, kWork };
+
+const std::uint8_t* vector_at(const Arena& arena, std::int64_t offset, int length, DType dtype) {
+  if (offset < 0) return nullptr;
+  if (offset + std::int64_t{length} * item_bytes(dtype) > arena.bytes)
+    throw KernelError("an adapter's vector ends beyond the arena");
+  return arena.data + offset;
+}
+
+// Fills uses (sorted by projection, then row) and says whether any has d.
+bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* step, Plans& plans) {
+  bool any_d = false;
+  plans.uses.clear();
+  plans.uses_from.assign(1, 0);
+  for (std::size_t p = 0; p < linear.sizes.size(); ++p) {
+    if (step != nullptr && linear.slots[p] >= 0)
+      for (const Segment& segment : step->segments) {
+        if (segment.adapter == nullptr) continue;
+        const Adapter& adapter = *segment.adapter;
+        const LowRank* low = adapter.low_rank(linear.slots[p]);
+        const Elementwise* vectors = adapter.elementwise(linear.slots[p]);
+        if ((low == nullptr || low->rank() == 0) && vectors == nullptr) continue;
+        if (adapter.dtype != DType::float32 && adapter.dtype != DType::bfloat16)
+          throw KernelError("adapter rows must be float32 or bfloat16");
+        Use use{segment.start, segment.stop, 0, adapter.dtype, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+        if (low != nullptr && low->rank() > 0) {
+          vector_at(arena, low->last_a, linear.in_features, adapter.dtype);
+          vector_at(arena, low->last_b, linear.sizes[p], adapter.dtype);
+          use.rank = low->rank();
+          use.a = low->a.data();
+          use.b = low->b.data();
+          use.scale = low->scale.data();
+        }
+        if (vectors != nullptr) {
+          use.d = vector_at(arena, vectors->d, linear.in_features, adapter.dtype);
+          use.g = vector_at(arena, vectors->g, linear.sizes[p], adapter.dtype);
+          use.c = vector_at(arena, vectors->c, linear.sizes[p], adapter.dtype);
+          any_d = any_d || use.d;
+        }
+        plans.uses.push_back(use);
+      }
+    plans.uses_from.push_back(static_cast<int>(plans.uses.size()));
+  }
+  return any_d;
+}
+
+void plan_shrinks(Kernels& kernels, Plans& plans) {
+  constexpr int kRanks = 16, kRows = 32;
+  std::size_t total = 0;
+  for (const Use& use : plans.uses) total += static_cast<std::size_t>(use.stop - use.start) * use.rank;
+  auto* z = reinterpret_cast<float*>(kernels.scratch(kShrunk, total * sizeof(float)));
+  plans.shrinks.clear();
+  for (Use& use : plans.uses) {
+    use.z = z;
+    z += static_cast<std::size_t>(use.stop - use.start) * use.rank;
+    for (int rank = 0; rank < use.rank; rank += kRanks)
+      for (int row = use.start; row < use.stop; row += kRows)
+        plans.shrinks.push_back({&use, row, std::min(kRows, use.stop - row), rank, std::min(kRanks, use.rank - rank)});
+  }
+}
+
+}  // namespace
+
+PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const float* bias, DType dtype,
+                         int in_features, std::vector<int> sizes, std::vector<int> slots) {
+  if (dtype != DType::float32 && dtype != DType::bfloat16) throw KernelError("weights must be float32 or bfloat16");
+  if (from != DType::float32 && from != DType::bfloat16) throw KernelError("weights must come as float32 or bfloat16");
+  if (in_features <= 0 || sizes.empty() || sizes.size() != slots.size() ||
+      std::any_of(sizes.begin(), sizes.end(), [](int size) { return size <= 0; }))
+    throw KernelError("a linear needs positive sizes and one slot per size");
+  PackedLinear linear;
+  linear.dtype = dtype;
+  linear.in_features = in_features;
+  linear.out_features = std::accumulate(sizes.begin(), sizes.end(), 0);
+  linear.k_padded = dtype == DType::float32 ? in_features : (in_features + 31) / 32 * 32;
+  linear.sizes = std::move(sizes);
+  linear.slots = std::move(slots);
+  lay_out(linear);
+  linear.panel_bytes = static_cast<std::size_t>(linear.k_padded) * kPanel * item_bytes(dtype);
+  linear.weights = allocate(linear.nbytes());
+  linear.bias.assign(static_cast<std::size_t>(linear.num_panels) * kPanel, 0.0f);
+  if (bias != nullptr)
+    for (std::size_t i = 0; i < linear.blocks.size(); ++i)
+      std::copy_n(bias + linear.blocks[i].out, linear.blocks[i].width, linear.bias.data() + i * kBlock);
+  const Source source{weight, from, in_features};
+  std::lock_guard lock(kernels.busy);
+  kernels.threads.share(0, linear.num_panels);
+  kernels.threads.run([&](int worker) {
+    for (int panel; (panel = kernels.threads.next(0, worker)) >= 0;)
+      for (int half = 0; half < 2; ++half)
+        pack_block(linear, source, 2 * panel + half, linear.weights.get() + panel * linear.panel_bytes);
+  });
+  return linear;
+}
+
+void project(Kernels& kernels, const PackedLinear& linear, const Step* step, const float* x, int rows,
+             const Norm& norm, Activation activation, float* y, bool add) {
+  if (rows <= 0) return;
+  if (step != nullptr && step->num_tokens != rows) throw KernelError("x must have one row per token of the step");
+  const bool pair = activation == Activation::silu_mul || activation == Activation::gelu_tanh_mul;
+  if (pair && !linear.paired) throw KernelError("this activation needs a linear of two equal projections (gate, up)");
+  std::lock_guard lock(kernels.busy);
+  const LinearOps& ops = ops_of(kernels.isa);
+  thread_local Plans plans;
+  const bool any_d = collect_uses(kernels.arena, linear, step, plans);
+  plan_shrinks(kernels, plans);
+
+  const int projections = static_cast<int>(linear.sizes.size()), row_tiles = (rows + kRowTile - 1) / kRowTile;
+  const std::size_t row_bytes = std::size_t{sizeof(float)} * linear.in_features;
+  const bool f32 = linear.dtype == DType::float32;
+  ProjectPlan plan{};
+  plan.threads = &kernels.threads;
+  plan.dtype = linear.dtype;
+  plan.in_features = linear.in_features;
+  plan.k_padded = linear.k_padded;
+  plan.num_projections = projections;
+  plan.num_panels = linear.num_panels;
+  plan.blocks = linear.blocks.data();
+  plan.weights = linear.weights.get();
+  plan.panel_bytes = linear.panel_bytes;
+  plan.bias = linear.bias.data();
+  plan.x = x;
+  plan.rows = rows;
+  plan.norm = norm;
+  plan.activation = activation;
+  plan.y = y;
+  plan.y_stride = pair ? linear.out_features / 2 : linear.out_features;
+  plan.add = add;
+  plan.arena = kernels.arena.data;
+  plan.uses = plans.uses.data();
+  plan.uses_from = plans.uses_from.data();
+  plan.shrinks = plans.shrinks.data();
+  plan.num_shrinks = static_cast<int>(plans.shrinks.size());
+
+  plan.tile_bytes = f32 ? row_bytes * kRowTile
+                        : std::size_t{kRowTile} * linear.k_padded * (ops.bf16_tiles ? 2 : sizeof(float));
+  if (norm.kind != NormKind::none)
+    plan.x32 = reinterpret_cast<float*>(kernels.scratch(kNormed, row_bytes * rows));
+  if (!f32 || (x == y && norm.kind == NormKind::none)) plan.input = kernels.scratch(kInputs, plan.tile_bytes * row_tiles);
+  const std::byte* base = plan.input ? plan.input : reinterpret_cast<const std::byte*>(plan.x32 ? plan.x32 : x);
+  plans.tiles.resize(static_cast<std::size_t>(projections) * row_tiles);
+  for (int p = 0; p < projections; ++p)
+    for (int t = 0; t < row_tiles; ++t) plans.tiles[p * row_tiles + t] = base + t * plan.tile_bytes;
+  if (any_d) {
+    plans.scaled_at.assign(plans.tiles.size(), -1);
+    int count = 0;
+    for (int p = 0; p < projections; ++p)
+      for (int i = plans.uses_from[p]; i < plans.uses_from[p + 1]; ++i)
+        if (plans.uses[i].d != nullptr)
+          for (int t = plans.uses[i].start / kRowTile; t <= (plans.uses[i].stop - 1) / kRowTile; ++t)
+            if (int& at = plans.scaled_at[p * row_tiles + t]; at < 0) at = count++;
+    plan.scaled = kernels.scratch(kScaled, plan.tile_bytes * count);
+    plan.scaled_at = plans.scaled_at.data();
+    for (std::size_t i = 0; i < plans.tiles.size(); ++i)
+      if (plans.scaled_at[i] >= 0) plans.tiles[i] = plan.scaled + plans.scaled_at[i] * plan.tile_bytes;
+  }
+  plan.tiles = plans.tiles.data();
+  plan.work = kernels.scratch(kWork, kWorkBytes * kernels.threads.size());
+  ops.project(plan);
+}
+
+void norm(Kernels& kernels, const float* x, int rows, int features, const Norm& norm, float* y, bool add) {
+  std::lock_guard lock(kernels.busy);
+  ops_of(kernels.isa).norm(kernels.threads, x, rows, features, norm, y, add);
+}
+
+}  // namespace chiliad

@@ -1,0 +1,132 @@
+// A linear projection with adapters: y = residual + act(Linear(norm(x)) with adapters).
+//
+// Packed weights. Columns are cut into blocks of 16 that never straddle projections, two
+// blocks make a panel, and a panel is one contiguous stretch of memory that one thread walks
+// from front to back:
+//   float32   [K][32]
+//   bfloat16  [K / 32][2 blocks][16 pairs of k][16 columns][2]    (tiles of 1 KB)
+// K is padded with zeros to a multiple of 32 (bfloat16 only). Two projections of equal size
+// (gate, up) alternate block by block, so that a panel holds both and act(gate) * up needs no
+// second pass.
+//
+// Inputs are cut into tiles of 16 rows: float32 [16][K], or, where the machine multiplies
+// bfloat16, [K / 32][16 rows][32] (tiles of 1 KB).
+//
+// Every output element is a chain of additions in the order of k, whatever rows come along:
+// that is what makes results independent of the batch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+namespace chiliad {
+
+constexpr int kBlock = 16, kPanel = 32, kRowTile = 16;
+
+struct Block {
+  int projection;  // -1: padding
+  int column;      // first column within the projection
+  int width;       // valid columns, 0..16
+  int out;         // first column within y
+};
+
+struct PackedLinear {
+  DType dtype;
+  int in_features, out_features, k_padded;
+  std::vector<int> sizes, slots;
+  bool paired;  // (gate, up) alternate
+  int num_panels;
+  std::vector<Block> blocks;  // [2 * num_panels]
+  std::size_t panel_bytes;
+  Bytes weights;             // [num_panels][panel_bytes]
+  std::vector<float> bias;   // [num_panels * 32], zero where there is none
+  std::size_t nbytes() const { return panel_bytes * num_panels; }
+};
+
+// weight: [out, in] float32 or bfloat16; bias: float32 [out] or null.
+PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const float* bias, DType dtype,
+                         int in_features, std::vector<int> sizes, std::vector<int> slots);
+
+enum class NormKind : int { none, rms, layer };
+enum class Activation : int { none, silu_mul, gelu_tanh_mul, gelu_tanh, gelu };
+
+struct Norm {
+  NormKind kind = NormKind::none;
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+  float eps = 0;
+};
+
+// y may be x only if that is where the residual comes from (add).
+void project(Kernels& kernels, const PackedLinear& linear, const Step* step, const float* x, int rows,
+             const Norm& norm, Activation activation, float* y, bool add);
+
+// y = norm(x), or y += norm(x).
+void norm(Kernels& kernels, const float* x, int rows, int features, const Norm& norm, float* y, bool add);
+
+// ---- between linear.cpp (checks, plans) and linear.inl (computes): raw pointers only ----
+
+// What one segment's adapter does to one projection.
+struct Use {
+  int start, stop;  // rows
+  int rank;
+  DType dtype;
+  const std::int64_t *a, *b;  // offsets of the rank rows
+  const float* scale;
+  float* z;  // [rows][rank], filled by the first phase
+  const std::uint8_t *d, *g, *c;
+};
+
+// Ranks [rank, rank + ranks) of rows [row, row + rows) of one use.
+struct ShrinkTask {
+  const Use* use;
+  int row, rows, rank, ranks;
+};
+
+struct ProjectPlan {
+  ThreadPool* threads;
+  DType dtype;
+  int in_features, k_padded, num_projections, num_panels;
+  const Block* blocks;
+  const std::byte* weights;
+  std::size_t panel_bytes;
+  const float* bias;
+
+  const float* x;
+  int rows;
+  Norm norm;
+  Activation activation;
+  float* y;
+  int y_stride;
+  bool add;
+
+  // inputs: filled in phase 0
+  float* x32;               // [rows][in_features] normalised, or null: x serves
+  std::byte* input;         // row tiles in the dtype's form, or null: x serves (float32)
+  std::size_t tile_bytes;   // of one row tile
+  const std::byte** tiles;  // [projections][row tiles]: the base input, or one with d applied
+  std::byte* scaled;        // room for input tiles with d applied, or null
+  int* scaled_at;           // [projections][row tiles]: index into scaled, or -1
+
+  // adapters
+  const std::uint8_t* arena;
+  const Use* uses;       // sorted by projection, then by row
+  const int* uses_from;  // [projections + 1]
+  const ShrinkTask* shrinks;
+  int num_shrinks;
+
+  std::byte* work;  // per worker: kWorkBytes
+};
+
+constexpr std::size_t kWorkBytes = 2 * 32 * kPanel * sizeof(float) + 1024;
+
+struct LinearOps {
+  void (*project)(const ProjectPlan&);
+  void (*norm)(ThreadPool& threads, const float* x, int rows, int features, const Norm& norm, float* y, bool add);
+  bool bf16_tiles;  // bfloat16 inputs are stored as bfloat16 tiles (else rounded, as float32)
+};
+
+}  // namespace chiliad

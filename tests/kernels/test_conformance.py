@@ -1,0 +1,125 @@
+"""Every implementation this machine can run, against the reference, over the case table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chiliad.kernels.base import KVLayout, LinearSpec, NormSpec, Segment
+from chiliad.kernels.cases import (
+    Case,
+    Guarded,
+    build_adapters,
+    seed_of,
+    simple_step,
+)
+from chiliad.kernels.cases import test_cases as table
+from chiliad.kernels.reference import ReferenceKernels
+
+_core = pytest.importorskip("chiliad.kernels._core", reason="the C++ core is not installed")
+from chiliad.kernels.cpu import CpuKernels  # noqa: E402
+
+CASES = table()
+REFERENCE: dict[str, tuple[torch.Tensor, ...]] = {}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(isa, n) for isa in _core.isas() for n in ((1, 3) if isa == "generic" else (2,))],
+    ids=lambda p: f"{p[0]}-{p[1]}t",
+)
+def kernels(request: pytest.FixtureRequest) -> CpuKernels:
+    isa, threads = request.param
+    return CpuKernels(isa=isa, threads=threads)
+
+
+def expected(case: Case) -> tuple[torch.Tensor, ...]:
+    if str(case) not in REFERENCE:
+        REFERENCE[str(case)] = case.prepare(ReferenceKernels()).call()
+    return REFERENCE[str(case)]
+
+
+def test_names_are_unique() -> None:
+    names = [str(case) for case in CASES]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_case(kernels: CpuKernels, case: Case) -> None:
+    run = case.prepare(kernels)
+    first = tuple(y.clone() for y in run.call())
+    again = run.call()
+    assert run.guards_intact()
+    for y, y2, want in zip(first, again, expected(case), strict=True):
+        assert y.dtype == want.dtype
+        assert y.shape == want.shape
+        assert torch.equal(y, y2), "two runs differ"
+        scale = want.float().pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+        error = ((y.float() - want.float()).abs() / scale).max()
+        assert error <= case.tolerance, f"error {error:.2e}, tolerance {case.tolerance:.0e}"
+
+
+def project_rows(
+    kernels: CpuKernels,
+    x: torch.Tensor,
+    spec: LinearSpec,
+    rows: list[int],
+    dtype: torch.dtype,
+    activation: object,
+) -> torch.Tensor:
+    """The chosen rows of x in one step; row i uses adapter i // 13 of a mixed set (negative: base)."""
+    g = seed_of("independence")
+    weight = torch.randn(spec.out_features, spec.in_features, generator=g) / 8
+    norm = NormSpec("rms", torch.rand(spec.in_features, generator=g) + 0.5, 1e-6)
+    linear = kernels.pack_linear(weight, torch.randn(spec.out_features, generator=g), spec)
+    made, arena, _ = build_adapters("mixed_methods", 8, spec, dtype, 19, g)
+    kernels.bind_arena(arena, KVLayout(1, 1, 16, 16, torch.float32, 2048))
+    adapters = [kernels.prepare_adapter(a) if a is not None else None for _, _, a in made] + [None]
+    segments, start = [], 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] // 13 != rows[start] // 13:
+            segments.append(Segment(start, i, adapters[rows[start] // 13 % len(adapters)]))
+            start = i
+    step = kernels.prepare_step(simple_step(len(rows), segments))
+    residual = Guarded((len(rows), spec.out_features // (2 if activation else 1)))
+    residual.tensor.zero_()
+    return kernels.project(
+        x[rows].contiguous(), linear, step, norm=norm, activation=activation, residual=residual.tensor
+    ).clone()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", [None, "silu_mul"])
+def test_rows_do_not_depend_on_their_neighbours(
+    kernels: CpuKernels, dtype: str, activation: str | None
+) -> None:
+    """Bit for bit: alone, in any chunk of its segment, or in the whole batch; even beside NaN."""
+    spec = LinearSpec(83, (40, 40), (0, 1), dtype)
+    stored = getattr(torch, dtype)
+    x = torch.randn(140, 83, generator=seed_of("x"))
+    everything = list(range(140))
+    whole = project_rows(kernels, x, spec, everything, stored, activation)
+    for row in (0, 12, 13, 31, 32, 77, 139):
+        alone = project_rows(kernels, x, spec, [row], stored, activation)
+        assert torch.equal(alone[0], whole[row])
+    for chunk in (everything[3:50], everything[50:57], everything[1::2]):
+        assert torch.equal(project_rows(kernels, x, spec, chunk, stored, activation), whole[chunk])
+    poisoned = x.clone()
+    poisoned[[5, 44]] = torch.tensor([[float("nan")], [float("inf")]])
+    others = [row for row in everything if row not in (5, 44)]
+    assert torch.equal(
+        project_rows(kernels, poisoned, spec, everything, stored, activation)[others], whole[others]
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_threads_do_not_change_results(dtype: str) -> None:
+    spec = LinearSpec(64, (100, 28), (0, 1), dtype)
+    x = torch.randn(150, 64, generator=seed_of("threads"))
+    rows = list(range(150))
+    results = [
+        project_rows(CpuKernels(threads=threads), x, spec, rows, getattr(torch, dtype), None)
+        for threads in (1, 2, 5)
+    ]
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
