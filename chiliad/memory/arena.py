@@ -73,25 +73,30 @@ class Packing:
         return offsets
 
 
-def pack_rows(nbytes_per_row: Sequence[int] | np.ndarray, page_bytes: int) -> Packing:
+def pack_rows(runs: Sequence[tuple[int, int]], page_bytes: int) -> Packing:
     """Lay rows into pages in their order; a row starts at a multiple of 64 and never crosses a page.
 
-    Neighbours in the list stay neighbours in memory unless a page ends between them. Raises
+    runs: (number of rows, bytes of each), so that the work grows with runs and pages instead of
+    rows. Neighbours stay neighbours in memory unless a page ends between them. Raises
     AdapterTooLarge when a row is longer than a page.
     """
-    page_index = np.empty(len(nbytes_per_row), np.int64)
-    offset = np.empty(len(nbytes_per_row), np.int64)
+    pieces: list[tuple[int, int, int, int]] = []  # page, offset of the first row, rows, stride
     page, position = -1, page_bytes
-    sizes = nbytes_per_row.tolist() if isinstance(nbytes_per_row, np.ndarray) else nbytes_per_row
-    for i, nbytes in enumerate(sizes):
-        if position + nbytes > page_bytes:
-            if nbytes > page_bytes:
-                raise AdapterTooLarge(
-                    f"an adapter row of {nbytes} bytes does not fit a page of {page_bytes} bytes: "
-                    "load adapters in a narrower dtype"
-                )
-            page, position = page + 1, 0
-        page_index[i] = page
-        offset[i] = position
-        position += -(-nbytes // ALIGN) * ALIGN
-    return Packing(page + 1, page_bytes, page_index, offset)
+    for count, nbytes in runs:
+        if count and nbytes > page_bytes:
+            raise AdapterTooLarge(
+                f"an adapter row of {nbytes} bytes does not fit a page of {page_bytes} bytes: "
+                "load adapters in a narrower dtype"
+            )
+        stride = -(-nbytes // ALIGN) * ALIGN
+        while count:
+            if position + nbytes > page_bytes:
+                page, position = page + 1, 0
+            fit = min(count, (page_bytes - position - nbytes) // stride + 1)
+            pieces.append((page, position, fit, stride))
+            position += fit * stride
+            count -= fit
+    pages, firsts, counts, strides = np.array(pieces, np.int64).reshape(-1, 4).T
+    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    offset = np.repeat(firsts, counts) + within * np.repeat(strides, counts)
+    return Packing(page + 1, page_bytes, np.repeat(pages, counts), offset)
