@@ -23,6 +23,7 @@ Rank = tuple[float, int]
 
 PRIORITY_SECONDS = 30.0  # the head start that one level of priority is worth
 MAX_PRIORITY = 10  # beyond it, levels are worth nothing more
+_WINDOW = 1024  # waiting requests that are looked through for adapters that already run
 _SKIPS = 16  # blocked requests of one client that are tried before the next client's turn
 
 
@@ -103,7 +104,8 @@ class Clustered(FirstCome):
 
     Once the batch has `distinct` adapters, waiting requests that use one of them, or none, go
     first; what room is left is filled first come, first served. Bound: a request that has waited
-    `patience` seconds goes before all that have not, in order of arrival.
+    `patience` seconds goes before all that have not, in order of arrival (priorities count as in
+    FirstCome).
     """
 
     name = "cluster"
@@ -121,19 +123,15 @@ class Clustered(FirstCome):
             return
         for _, sequence in self._resumed.copy():
             yield sequence
+        late = bisect_left(self._queue, ((now - self.patience, -1),))
+        waiting = self._queue[: late + _WINDOW]
         keys = {(), *running}
-        late: list[Sequence] = []
-        first: list[Sequence] = []
-        others: list[Sequence] = []
-        for _, sequence in self._queue:
-            if now - sequence.queued > self.patience:
-                late.append(sequence)
-            else:
-                (first if sequence.adapter_key in keys else others).append(sequence)
-        late.sort(key=lambda sequence: (sequence.queued, sequence.order))
-        yield from late
-        yield from first
-        yield from others
+        for _, sequence in waiting[:late]:
+            yield sequence
+        for wanted in (True, False):
+            for _, sequence in waiting[late:]:
+                if (sequence.adapter_key in keys) is wanted:
+                    yield sequence
 
 
 class EarlyAbort(FirstCome):

@@ -83,7 +83,7 @@ class Sequence:
     num_computed: int = 0  # tokens whose KV is in the table
     num_cached: int = 0  # prompt tokens that the prefix cache had when the sequence first ran
     capacity: int = 0  # tokens that the table has room for
-    retained: bool = False  # whether it counts as a user of its adapters
+    retained: int = 0  # how many of its adapters, in their order, count it as a user
     missed: bool = False  # whether it has had to wait for an adapter
     overtaken: int = 0  # sequences that passed it while it lacked pages
     preemptions: int = 0
@@ -303,34 +303,43 @@ class Scheduler:
     def _admit_waiting(self, budget: int, work: list[Work], now: float) -> None:
         """Admit waiting sequences while there is room; fetch adapters for the first of the others."""
         self._loading = {v for v in self._loading if self._residency.state(v) == "loading"}
+        forecast = self._forecast()
         short: list[Sequence] = []  # lack pages, and may be overtaken
         blocked: set[object] = set()  # adapter keys known not to be resident
         kept: set[Sequence] = set()
-        forecast = self._forecast()
+        ahead = 0  # pages of adapters kept or on their way for those who wait
+        room = True
         candidates = self.policy.candidates(now, self._keys)
         for position, sequence in enumerate(islice(candidates, _SCAN)):
-            room = budget > 0 and len(self.running) < self._max_sequences and len(short) < _SHORTAGES
-            if not room and position >= _AHEAD:
+            room = room and budget > 0 and len(self.running) < self._max_sequences
+            if position >= _AHEAD and not room:
                 break
             if sequence.adapter_key in blocked or sequence.state is not _WAITING:
                 continue
-            state = self._fetch(sequence, position < _AHEAD, forecast)
+            due = position < _AHEAD and (ahead == 0 or ahead < self._pool.num_pages // 4)
+            state = self._fetch(sequence, due, forecast)
             if state == "resident":
                 if room and not self._awaits_sibling(sequence):
                     if self._admit(sequence, forecast, now):
                         budget -= self._chunk(sequence, budget, work)
                         for other in short:
                             other.overtaken += 1
+                            room = room and other.overtaken < MAX_OVERTAKEN
                         continue
                     state = "short"
-                if position < _AHEAD and self._keep(sequence):
-                    kept.add(sequence)
-            elif state != "failed":
+            elif state == "failed":
+                continue
+            else:
                 blocked.add(sequence.adapter_key)
+            if due and sequence.adapter_key:
+                self._keep(sequence)
+                kept.add(sequence)
+                ahead += self._pages_needed(sequence)
             if state == "short" and room:
                 short.append(sequence)
                 if sequence.overtaken >= MAX_OVERTAKEN:
                     break  # whatever becomes free is kept for it
+                room = len(short) < _SHORTAGES
         for sequence in [s for s in self._ahead if s not in kept]:
             self._unkeep(sequence)
         if short and not self.running and not self._loading:
@@ -355,44 +364,39 @@ class Scheduler:
             )
 
     def _fetch(
-        self, sequence: Sequence, may_load: bool, forecast: _Forecast
-    ) -> Literal["resident", "loading", "short", "failed"]:
-        """Where a waiting sequence's adapters are. Asks for absent ones if that is due and fits."""
-        result: Literal["resident", "loading", "short"] = "resident"
+        self, sequence: Sequence, due: bool, forecast: _Forecast
+    ) -> Literal["resident", "loading", "waiting", "short", "failed"]:
+        """Where a waiting sequence's adapters are. Asks for absent ones if it is `due` and they fit."""
+        result: Literal["resident", "loading", "waiting"] = "resident"
         for use in sequence.request.adapters:
             version = use.adapter
             state = self._residency.state(version)
             if state == "resident":
                 continue
             sequence.missed = True
-            if state == "failed":
-                error = self._residency.error(version)
-                self._fail(sequence.request, error or AdapterError(f"adapter {version} failed to load"))
-                return "failed"
-            if state == "absent":
-                if not may_load:
-                    return "loading"  # its turn to be fetched has not come
-                try:
+            try:
+                if state == "failed":
+                    raise self._residency.error(version) or AdapterError(f"adapter {version} did not load")
+                if state == "absent":
+                    if not due:
+                        result = "waiting"
+                        continue
                     pages = self._residency.pages_needed(version)
                     if self.running and not self._pool.split and not forecast.spares(pages):
                         return "short"
-                    if self._ahead_pages() and self._ahead_pages() + pages > self._pool.num_pages // 4:
-                        return "loading"
                     self._residency.load(version)
-                except OutOfMemory:
-                    return "short"
-                except ChiliadError as error:
-                    self._fail(sequence.request, error)
-                    return "failed"
-                self._loading.add(version)
-                self.policy.loaded(sequence, pages / self._num_layers * self._block_tokens)
+                    self._loading.add(version)
+                    self.policy.loaded(sequence, pages / self._num_layers * self._block_tokens)
+            except OutOfMemory:
+                return "short"
+            except ChiliadError as error:
+                self._fail(sequence.request, error)
+                return "failed"
             result = "loading"
         return result
 
-    def _ahead_pages(self) -> int:
-        """Pages of adapters on their way and of those kept for waiting sequences."""
-        versions = {use.adapter for sequence in self._ahead for use in sequence.request.adapters}
-        return sum(self._residency.pages_needed(version) for version in versions | self._loading)
+    def _pages_needed(self, sequence: Sequence) -> int:
+        return sum(self._residency.pages_needed(use.adapter) for use in sequence.request.adapters)
 
     def _awaits_sibling(self, sequence: Sequence) -> bool:
         """Choices of one request share their prompt: the others start once the first has computed it."""
@@ -411,7 +415,7 @@ class Scheduler:
             self.prefix.extend(sequence.chain, sequence.tokens, num_tokens - 1)
             blocks = self.prefix.match(sequence.chain, (num_tokens - 1) // size)
         needed = -(-num_tokens // size) - len(blocks)
-        retained = sequence.retained
+        kept = sequence.retained > 0
         self._retain(sequence)  # first, lest its own adapter be evicted for its KV
         pages: np.ndarray | None = None
         if not self.running or forecast.admits(num_tokens, self._left(sequence)):
@@ -419,7 +423,7 @@ class Scheduler:
                 pages = self._pool.alloc(needed * self._num_layers, Owner.KV)
         if pages is None:
             self._drop_blocks(blocks)
-            if not retained:
+            if not kept:
                 self._release(sequence)
             return False
         self.policy.remove(sequence)
@@ -541,24 +545,22 @@ class Scheduler:
     # -- adapters ------------------------------------------------------------------------
 
     def _retain(self, sequence: Sequence) -> None:
-        if not sequence.retained:
-            sequence.retained = True
-            for use in sequence.request.adapters:
-                self._residency.retain(use.adapter)
+        """Become a user of the adapters that are resident, up to the first that is not."""
+        for use in sequence.request.adapters[sequence.retained :]:
+            if self._residency.state(use.adapter) != "resident":
+                break
+            self._residency.retain(use.adapter)
+            sequence.retained += 1
 
     def _release(self, sequence: Sequence) -> None:
-        if sequence.retained:
-            sequence.retained = False
-            for use in sequence.request.adapters:
-                self._residency.release(use.adapter)
+        for use in sequence.request.adapters[: sequence.retained]:
+            self._residency.release(use.adapter)
+        sequence.retained = 0
 
-    def _keep(self, sequence: Sequence) -> bool:
+    def _keep(self, sequence: Sequence) -> None:
         """Hold a waiting sequence's adapters, so that fetching others does not evict them again."""
-        if not sequence.adapter_key:
-            return False
         self._retain(sequence)
         self._ahead[sequence] = None
-        return True
 
     def _unkeep(self, sequence: Sequence) -> None:
         if sequence in self._ahead:
@@ -603,7 +605,7 @@ class Scheduler:
         for sequence in self.policy:
             assert sequence.state is _WAITING
             assert sequence.table.num_blocks == 0, "a waiting sequence holds pages"
-            assert sequence.retained == (sequence in self._ahead)
+            assert not sequence.retained or sequence in self._ahead
         alive = sum(len(sequences) for sequences in self._requests.values())
         assert alive == len(self.running) + len(self.policy), "sequences were lost"
 
@@ -619,7 +621,7 @@ class _Forecast:
     def __init__(self, pool: PagePool, num_layers: int, block_tokens: int) -> None:
         self._pool = pool
         self._num_layers = num_layers
-        self._slack = block_tokens - 1  # of a last block
+        self._slack = block_tokens // 2  # what a last block leaves empty on average
         self._block_tokens = block_tokens
         self._items: list[tuple[int, int]] = []  # (tokens to come, tokens with slack), sorted
         self._held = 0  # tokens that the running sequences' pages have room for

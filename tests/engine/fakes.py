@@ -230,6 +230,15 @@ class World:
             self.step(seconds)
         raise AssertionError("no end in sight: livelock or starvation")
 
+    def run_loads(self, max_steps: int = 500) -> None:
+        """Until nothing is left, each load taking one step."""
+        for _ in range(max_steps):
+            if not self.scheduler.running and not len(self.scheduler.waiting):
+                return
+            self.step()
+            self.store.finish()
+        raise AssertionError("no end in sight: livelock or starvation")
+
     def assert_empty(self) -> None:
         """After a drain, caches aside, nothing is held."""
         self.scheduler.check()
