@@ -16,7 +16,7 @@ ENVIRONMENT: dict[str, str] = {
     "CHILIAD_KERNELS": "auto | cpu | reference: which kernel implementation runs",
     "CHILIAD_ISA": "auto | generic | avx2 | avx512 | amx: instruction set of the C++ kernels",
     "CHILIAD_THREADS": "compute threads; 0 means one per physical core",
-    "CHILIAD_API_KEY": "key that clients must send as `Authorization: Bearer KEY`; several, separated by commas",
+    "CHILIAD_API_KEY": "keys, separated by commas; clients send one as `Authorization: Bearer KEY`",
     "CHILIAD_HOME": "folder of the adapter registry and uploaded adapters",
 }
 

@@ -130,14 +130,20 @@ class Edge:
 
     @staticmethod
     def _local(headers: Headers) -> str:
-        host = urlsplit(f"//{headers.get('host', 'localhost')}").hostname
         origin = headers.get("origin")
-        if host not in _LOCAL_HOSTS or (origin and urlsplit(origin).hostname not in _LOCAL_HOSTS):
+        if not _is_local(f"//{headers.get('host', 'localhost')}") or (origin and not _is_local(origin)):
             raise Forbidden(
                 "without an API key this server answers local programs and pages only: "
                 "start it with --api-key to allow other origins"
             )
         return ""
+
+
+def _is_local(url: str) -> bool:
+    try:
+        return urlsplit(url).hostname in _LOCAL_HOSTS
+    except ValueError:
+        return False
 
 
 async def _gone(receive: Receive) -> None:

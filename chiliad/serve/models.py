@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -41,7 +42,10 @@ class Models:
         return json_response(_list(cards, more))
 
     async def show_model(self, request: Request) -> Response:
-        version = self._service.names.resolve(request.path_params["id"])
+        name = request.path_params["id"]
+        if not name:
+            raise HTTPException(404)
+        version = self._service.names.resolve(name)
         if version is None:
             return json_response(self._model(self._service.model_name, self._service.engine.base.name))
         return json_response(self._card(self._service.engine.registry.entry(str(version))))
@@ -184,14 +188,15 @@ class Models:
         for root in self._roots():
             try:
                 folder = (root / path).resolve()  # an absolute path replaces root
+                inside, found = folder != root and folder.is_relative_to(root), folder.is_dir()
             except (OSError, ValueError, RuntimeError):  # too long, NUL, loop of links
                 continue
-            if folder != root and folder.is_relative_to(root):
-                if not folder.is_dir():
-                    raise ModelNotFound(
-                        f"No adapter found for {path!r}", param="lora_path", code="adapter_not_found"
-                    )
+            if inside and found:
                 return folder
+            if inside:
+                raise ModelNotFound(
+                    f"No adapter found for {path!r}", param="lora_path", code="adapter_not_found"
+                )
         raise Forbidden(
             "lora_path lies outside the folders that the server was started with (--adapters)",
             param="lora_path",

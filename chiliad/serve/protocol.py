@@ -25,7 +25,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_ADAPTERS = 8  # composed in one request
 MAX_LOGIT_BIAS = 1024
-INT64 = 2**63
+INT64 = 2**63 - 1
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -69,17 +69,17 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     adapters: list[AdapterChoice] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: Annotated[int, Meta(ge=0, lt=INT64)] | None = None
-    min_tokens: Annotated[int, Meta(ge=0, lt=INT64)] = 0
+    max_tokens: Annotated[int, Meta(ge=0, le=INT64)] | None = None
+    min_tokens: Annotated[int, Meta(ge=0, le=INT64)] = 0
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 0
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] = 1.0
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
-    seed: Annotated[int, Meta(ge=-INT64, lt=INT64)] | None = None
+    seed: Annotated[int, Meta(ge=-INT64, le=INT64)] | None = None
     n: Annotated[int, Meta(ge=1)] = 1
     stop: str | list[str] = []
     stop_token_ids: Annotated[list[int], Meta(max_length=64)] = []
@@ -87,7 +87,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool = True
     ignore_eos: bool = False
     return_token_ids: bool = False
-    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     cache_salt: Annotated[str, Meta(max_length=256)] = ""
 
 
@@ -100,13 +100,15 @@ class Message(msgspec.Struct):
     role: str
     content: str | list[Part] | None = None
     name: str | None = None
+    tool_calls: list[Any] | None = None
+    function_call: dict[str, Any] | None = None
 
 
 class ChatBody(GenerationBody, kw_only=True):
     """POST /v1/chat/completions"""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: Annotated[int, Meta(ge=1, lt=INT64)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=INT64)] | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool = True
@@ -380,31 +382,41 @@ def completion_job(body: CompletionBody, envelope: Envelope, tokens: Tokens, lim
 
 def render_chat(body: ChatBody | TokenizeBody, tokens: Tokens) -> str:
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages or ())]
-    for key in body.chat_template_kwargs.keys() & {"messages", "tools", "add_generation_prompt"}:
+    for key in body.chat_template_kwargs.keys() & _TEMPLATE_RESERVED:
         raise InvalidRequest(f"chat_template_kwargs may not set {key}", param="chat_template_kwargs")
     return tokens.chat(
         messages, add_generation_prompt=body.add_generation_prompt, **body.chat_template_kwargs
     )
 
 
+_TEMPLATE_RESERVED = {"self", "name", "messages", "tools", "documents", "add_generation_prompt"}
+
+
 def _message(message: Message, at: str) -> dict[str, Any]:
-    """One message as chat templates expect it: content is one string."""
+    """One message as chat templates see it."""
     if message.role not in ("system", "developer", "user", "assistant"):
         raise UnsupportedField(
             f"{at}.role: {message.role!r} is not supported: use system, user or assistant",
             param=f"{at}.role",
         )
-    content = message.content
-    if content is None:
+    if message.tool_calls or message.function_call:
+        raise UnsupportedField(f"{at}: tool calls are not supported by this server", param=at)
+    content: str | list[dict[str, str]]
+    if message.content is None:
         raise InvalidRequest(f"{at}.content is missing", param=f"{at}.content")
-    if not isinstance(content, str):
-        for j, part in enumerate(content):
+    if isinstance(message.content, str):
+        content = message.content
+    else:
+        content = []
+        for j, part in enumerate(message.content):
             if part.type != "text" or part.text is None:
                 where = f"{at}.content[{j}]"
                 raise UnsupportedField(f"{where}: {part.type!r} is not supported, only text", param=where)
-        content = "\n".join(part.text or "" for part in content)
-    role = "system" if message.role == "developer" else message.role
-    rendered = {"role": role, "content": content}
+            content.append({"type": "text", "text": part.text})
+    rendered: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content,
+    }
     if message.name is not None:
         rendered["name"] = message.name
     return rendered

@@ -1,0 +1,160 @@
+"""Keys, origins, disconnects, silence: what surrounds an endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from serve_fake import Connect, FakeEngine
+from test_endpoints import HI, chat, error
+
+from chiliad.config import ServerConfig
+from chiliad.errors import InvalidConfig, Unauthorized
+from chiliad.serve.http import EventStream
+from chiliad.serve.service import Service
+
+PROTECTED = [
+    ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/tokenize"),
+    ("GET", "/v1/models"), ("GET", "/v1/models/x"), ("DELETE", "/v1/models/x"),
+    ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
+    ("GET", "/v1/adapters"), ("POST", "/v1/adapters"), ("GET", "/v1/adapters/x"), ("POST", "/detokenize"),
+    ("DELETE", "/v1/adapters/x"),
+    ("GET", "/v1/adapters/x/stats"), ("GET", "/metrics"), ("GET", "/openapi.json"),
+    ("GET", "/nothing"), ("GET", "/health/"), ("GET", "//health"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), PROTECTED)
+async def test_every_route_needs_the_key(connect: Connect, method: str, path: str) -> None:
+    async with connect(api_keys=("sk-right",)) as client:
+        response = await client.request(method, path)
+        assert error(response, 401)["code"] == Unauthorized.code
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert response.headers["x-request-id"]
+        for key in ("sk-wrong", "", "sk-right2", "sk-righ"):
+            error(await client.request(method, path, headers={"authorization": f"Bearer {key}"}), 401)
+
+
+async def test_keys(connect: Connect, engine: FakeEngine) -> None:
+    async with connect(api_keys=("one", "two")) as client:
+        for path in ("/health", "/ping", "/version"):
+            assert (await client.get(path)).status_code == 200
+        for headers in (
+            {"authorization": "Bearer one"},
+            {"authorization": "bearer  two"},
+            {"x-api-key": "two"},
+        ):
+            assert (
+                await client.post("/v1/chat/completions", json={"messages": HI}, headers=headers)
+            ).status_code == 200
+    first, second, third = engine.requests
+    assert first.tenant != second.tenant == third.tenant
+    assert first.cache_salt != second.cache_salt  # tenants do not share cached prefixes
+
+
+def test_open_only_on_loopback() -> None:
+    for host in ("127.0.0.1", "localhost", "::1", "127.8.8.8"):
+        assert ServerConfig(host=host).loopback
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
+        with pytest.raises(InvalidConfig, match="--api-key"):
+            ServerConfig(host=host)
+        assert ServerConfig(host=host, api_keys=("k",)).host == host
+    with pytest.raises(InvalidConfig, match="empty"):
+        ServerConfig(api_keys=("",))
+
+
+async def test_foreign_pages_are_refused_without_a_key(connect: Connect) -> None:
+    async with connect() as client:
+        for headers in (
+            {"origin": "https://evil.example"},
+            {"origin": "null"},
+            {"host": "rebound.example:8000"},
+            {"host": ""},
+            {"origin": "http://[", "host": "localhost"},
+        ):
+            error(await client.get("/v1/models", headers=headers), 403)
+        for headers in (
+            {"origin": "http://localhost:3000"},
+            {"host": "localhost:8000"},
+            {"host": "[::1]:8000"},
+        ):
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+    async with connect(api_keys=("k",), headers={"authorization": "Bearer k"}) as client:
+        assert (await client.get("/v1/models", headers={"host": "public.example"})).status_code == 200
+
+
+async def test_request_id(connect: Connect) -> None:
+    async with connect() as client:
+        assert (await client.get("/health", headers={"x-request-id": "abc-1"})).headers[
+            "x-request-id"
+        ] == "abc-1"
+        made = (await client.get("/health", headers={"x-request-id": "a b\x7f"})).headers["x-request-id"]
+        assert made != "a b\x7f"
+
+
+async def test_queued_streams_send_comments(connect: Connect, engine: FakeEngine) -> None:
+    engine.pause.clear()
+    async with connect(keep_alive=0.01) as client:
+        running = asyncio.ensure_future(chat(client, stream=True))
+        await asyncio.sleep(0.1)
+        engine.pause.set()
+        text = (await running).text
+    assert ": ping\n\n" in text
+    assert text.endswith("data: [DONE]\n\n")
+
+
+class Client:
+    """An ASGI client that goes away when told."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.leave = asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        await self.leave.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+async def test_disconnect_closes_the_events() -> None:
+    closed = []
+
+    async def events() -> Any:
+        try:
+            yield b"one"
+            await asyncio.sleep(60)
+        finally:
+            closed.append(True)
+
+    client = Client()
+    stream = EventStream(events(), {}, keep_alive=60)
+    running = asyncio.ensure_future(stream({"type": "http"}, client.receive, client.send))
+    while len(client.sent) < 2:
+        await asyncio.sleep(0.001)
+    assert not closed
+    client.leave.set()
+    await running
+    assert closed == [True]
+    assert [m["type"] for m in client.sent] == ["http.response.start", "http.response.body"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["a", ["a", "b", "c"]])
+async def test_cancelled_requests_leave_the_engine(
+    connect: Connect, engine: FakeEngine, stream: bool, prompt: object
+) -> None:
+    engine.pause.clear()
+    async with connect() as client:
+        service: Service = client.service
+        body = {"prompt": prompt, "stream": stream, "n": 2}
+        running = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        while len(engine.live) < (len(prompt) if isinstance(prompt, list) else 1):
+            await asyncio.sleep(0.001)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        assert not engine.live
+        assert service.in_flight == 0
+        assert service.metrics.finished["abort"] == 2 * len(engine.cancelled) > 0
