@@ -13,7 +13,16 @@ import torch
 
 import chiliad.kernels._core as _core
 from chiliad.errors import InvalidConfig, KernelError
-from chiliad.kernels.base import Activation, AdapterRows, KVLayout, LinearSpec, NormSpec, PackedLinear, Step, Tensor
+from chiliad.kernels.base import (
+    Activation,
+    AdapterRows,
+    KVLayout,
+    LinearSpec,
+    NormSpec,
+    PackedLinear,
+    Step,
+    Tensor,
+)
 from chiliad.kernels.reference import ReferenceKernels
 
 # Codes of the enums in csrc/batch.h and csrc/linear.h.
@@ -78,6 +87,18 @@ class CpuKernels(ReferenceKernels):
     @property
     def isa(self) -> str:
         return str(self._core.isa)
+
+    @property
+    def threads(self) -> int:
+        return int(self._core.threads)
+
+    def read_bandwidth(self, nbytes: int = 1 << 29, repeats: int = 3) -> float:
+        """Bytes per second at which these threads read memory: the ceiling of decoding."""
+        return float(_core.read_bandwidth(self._core, nbytes, repeats))
+
+    def multiply_rate(self, dtype: str, repeats: int = 5) -> float:
+        """Flops per second of multiply-adds out of registers: the ceiling of prefill."""
+        return float(_core.multiply_rate(self._core, dtype == "bfloat16", repeats))
 
     # -- preparation ---------------------------------------------------------------------
 

@@ -142,5 +142,6 @@ NB_MODULE(_core, m) {
   nb::class_<StepHandle, Step>(m, "Step").def("__init__", &step_init, nb::arg("num_tokens"),
            nb::arg("positions").noconvert(), nb::arg("row_start").noconvert(), nb::arg("context").noconvert(),
            nb::arg("page_tables"), nb::arg("segments"));
+  register_ceilings(m);
   register_linear(m);
 }

@@ -24,4 +24,26 @@ const std::vector<Isa>& available_isas();
 // "auto" or a name. Throws std::invalid_argument if unknown or not available here.
 Isa choose_isa(const std::string& name);
 
+// A per-ISA file <name>.inl ends with CHILIAD_EXPORT(Type, name) = {...}: its table of functions.
+// Elsewhere, after CHILIAD_TABLES(Type, name), `name(isa)` is the table of that instruction set.
+#define CHILIAD_CONCAT_(a, b) a##_##b
+#define CHILIAD_CONCAT(a, b) CHILIAD_CONCAT_(a, b)
+#define CHILIAD_EXPORT(Type, name)                     \
+  extern const Type CHILIAD_CONCAT(name, CHILIAD_ISA); \
+  const Type CHILIAD_CONCAT(name, CHILIAD_ISA)
+
+#if CHILIAD_HAS_AVX2
+#define CHILIAD_TABLES(Type, name)                                                                     \
+  extern const Type name##_generic, name##_avx2, name##_avx512, name##_avx512bf16, name##_amx;         \
+  static inline const Type& name(Isa isa) {                                                            \
+    static const Type* const tables[] = {&name##_generic, &name##_avx2, &name##_avx512,                \
+                                         &name##_avx512bf16, &name##_amx};                             \
+    return *tables[static_cast<int>(isa)];                                                             \
+  }
+#else
+#define CHILIAD_TABLES(Type, name)  \
+  extern const Type name##_generic; \
+  static inline const Type& name(Isa) { return name##_generic; }
+#endif
+
 }  // namespace chiliad

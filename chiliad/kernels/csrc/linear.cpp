@@ -8,24 +8,9 @@
 
 namespace chiliad {
 
-extern const LinearOps linear_generic;
-#if CHILIAD_HAS_AVX2
-extern const LinearOps linear_avx2, linear_avx512, linear_avx512bf16, linear_amx;
-#endif
+CHILIAD_TABLES(LinearOps, linear_ops)
 
 namespace {
-
-const LinearOps& ops_of(Isa isa) {
-  switch (isa) {
-#if CHILIAD_HAS_AVX2
-    case Isa::avx2: return linear_avx2;
-    case Isa::avx512: return linear_avx512;
-    case Isa::avx512bf16: return linear_avx512bf16;
-    case Isa::amx: return linear_amx;
-#endif
-    default: return linear_generic;
-  }
-}
 
 std::uint16_t round_bf16(float x) {
   std::uint32_t bits;
@@ -192,7 +177,7 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
   const bool pair = activation == Activation::silu_mul || activation == Activation::gelu_tanh_mul;
   if (pair && !linear.paired) throw KernelError("this activation needs a linear of two equal projections (gate, up)");
   std::lock_guard lock(kernels.busy);
-  const LinearOps& ops = ops_of(kernels.isa);
+  const LinearOps& ops = linear_ops(kernels.isa);
   thread_local Plans plans;
   const bool any_d = collect_uses(kernels.arena, linear, step, plans);
   plan_shrinks(kernels, plans);
@@ -253,7 +238,7 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
 
 void norm(Kernels& kernels, const float* x, int rows, int features, const Norm& norm, float* y, bool add) {
   std::lock_guard lock(kernels.busy);
-  ops_of(kernels.isa).norm(kernels.threads, x, rows, features, norm, y, add);
+  linear_ops(kernels.isa).norm(kernels.threads, x, rows, features, norm, y, add);
 }
 
 }  // namespace chiliad

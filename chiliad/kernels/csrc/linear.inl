@@ -550,9 +550,6 @@ void norm_rows(ThreadPool& threads, const float* x, int rows, int features, cons
 
 }  // namespace
 
-#define CHILIAD_CONCAT_(a, b) a##b
-#define CHILIAD_CONCAT(a, b) CHILIAD_CONCAT_(a, b)
-extern const LinearOps CHILIAD_CONCAT(linear_, CHILIAD_ISA);
-const LinearOps CHILIAD_CONCAT(linear_, CHILIAD_ISA) = {project, norm_rows, kBf16Tiles};
+CHILIAD_EXPORT(LinearOps, linear_ops) = {project, norm_rows, kBf16Tiles};
 
 }  // namespace chiliad
