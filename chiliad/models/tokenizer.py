@@ -562,6 +562,8 @@ _PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
     "tekken": _PreTokenizer(lambda: _split(_TEKKEN_PATTERN), ignore_merges=True, add_bos=True),
 }
 
+_SPACE = "\u2581"  # how sentencepiece writes a space
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 # Tokens that end a turn; a file often names only one of them as its end.
@@ -604,18 +606,21 @@ class _GgufVocabulary:
 
 def _from_gguf(metadata: Mapping[str, object]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(str(kind))
+    if build is None:
         raise InvalidModel(
-            f"the GGUF tokenizer kind {kind!r} is not supported; "
+            f"the GGUF tokenizer kind {kind!r} is not supported (gpt2 and llama are); "
             "use the Hugging Face folder of the model, which has a tokenizer.json"
         )
     vocabulary = _GgufVocabulary(metadata)
-    backend, add_bos = _byte_level(vocabulary)
-    specials = [
-        AddedToken(vocabulary.tokens[i], normalized=False, special=vocabulary.types[i] == _CONTROL)
-        for i in vocabulary.of_type(_CONTROL, _USER_DEFINED)
-    ]
-    backend.add_tokens(specials)
+    backend, add_bos = build(vocabulary)
+    backend.add_tokens(
+        [
+            AddedToken(vocabulary.tokens[i], normalized=False, special=vocabulary.types[i] != _USER_DEFINED)
+            for i in vocabulary.of_type(_CONTROL, _UNKNOWN, _USER_DEFINED)
+            if vocabulary.tokens[i].strip(_SPACE)  # runs of spaces are left to the merges
+        ]
+    )
     named = {
         f"{name}_token": vocabulary.tokens[i]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
@@ -670,6 +675,51 @@ def _byte_level(vocabulary: _GgufVocabulary) -> tuple[tokenizers.Tokenizer, bool
     backend.pre_tokenizer = kind.build()
     backend.decoder = decoders.ByteLevel()
     return backend, kind.add_bos
+
+
+def _sentencepiece(vocabulary: _GgufVocabulary) -> tuple[tokenizers.Tokenizer, bool]:
+    """SentencePiece BPE: pieces with scores, spaces written as U+2581, bytes for what has no piece."""
+    scores = vocabulary.metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
+        raise InvalidModel("tokenizer.ggml.scores does not fit tokenizer.ggml.tokens")
+    if vocabulary.flag("remove_extra_whitespaces", False):
+        raise InvalidModel(
+            "tokenizer.ggml.remove_extra_whitespaces is not supported; use the model's Hugging Face folder"
+        )
+    ids: dict[str, int] = {}
+    for i, kind in enumerate(vocabulary.types):
+        if kind == _USER_DEFINED:
+            vocabulary.tokens[i] = vocabulary.tokens[i].replace(" ", _SPACE)
+        if kind != _UNUSED:
+            ids.setdefault(vocabulary.tokens[i], i)
+    # A merge for every way to make a piece of two others; the better piece first.
+    merges = []
+    for i in vocabulary.of_type(_NORMAL, _USER_DEFINED):
+        piece = vocabulary.tokens[i]
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ids and right in ids:
+                merges.append((-scores[i], -len(left), left, right))
+    merges.sort(key=lambda merge: merge[:2])
+    unknown = vocabulary.of_type(_UNKNOWN)
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=ids,
+            merges=[(left, right) for _, _, left, right in merges],
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token=vocabulary.tokens[unknown[0]] if unknown else None,
+        )
+    )
+    spaces = normalizers.Replace(" ", _SPACE)
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if vocabulary.flag("add_space_prefix", True):
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = spaces
+    backend.decoder = decoders.Sequence(steps)
+    return backend, True
 
 
 def _around(
