@@ -100,10 +100,16 @@ class LoraFormat:
     def lower(
         self, config: Mapping[str, object], tensors: Mapping[str, torch.Tensor], base: BaseInfo
     ) -> Lowered:
+        import torch
+
         pairs = _pairs(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, base)
         low_rank = {}
         for pair in pairs:
             b = tensors[pair.b].t().float() * pair.scale
+            if not bool(torch.isfinite(b).all()):
+                raise InvalidAdapter(
+                    f"tensor {pair.b} times its scale {pair.scale:g} is too large to compute with"
+                )
             low_rank[pair.slot] = LowRank(tensors[pair.a], b.contiguous())
         return Lowered(low_rank)
 

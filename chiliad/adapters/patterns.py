@@ -69,6 +69,7 @@ class _Walk:
             raise self._refuse(f"is not a regular expression ({error})") from None
         if self.tree.state.flags != int(re.UNICODE):
             raise self._refuse("uses flags; write it without (?...) flags")
+        self._check(self.tree)
         self.steps = 0
 
     def ends(self, text: str) -> int:
@@ -79,6 +80,26 @@ class _Walk:
 
     def _refuse(self, why: str) -> InvalidAdapter:
         return InvalidAdapter(f"module pattern {self.pattern[:80]!a} {why}")
+
+    def _check(self, items: Any) -> None:
+        """Refuse what `_step` does not know, whether or not a name ever gets there."""
+        for op, argument in items:
+            match str(op):
+                case "LITERAL" | "NOT_LITERAL" | "ANY" | "IN" | "AT":
+                    pass
+                case "BRANCH":
+                    for branch in argument[1]:
+                        self._check(branch)
+                case "SUBPATTERN":
+                    if argument[1] or argument[2]:
+                        raise self._refuse("uses flags; write it without (?...) flags")
+                    self._check(argument[3])
+                case "MAX_REPEAT" | "MIN_REPEAT":
+                    self._check(argument[2])
+                case "ASSERT" | "ASSERT_NOT" if argument[0] > 0:
+                    self._check(argument[1])
+                case _:
+                    raise self._refuse("uses look-behind, back-references or another feature not supported")
 
     def _run(self, items: Any, positions: int) -> int:
         for op, argument in items:
@@ -108,22 +129,18 @@ class _Walk:
                     reached |= self._run(branch, positions)
                 return reached
             case "SUBPATTERN":
-                _, add, remove, inner = argument
-                if add or remove:
-                    raise self._refuse("uses flags; write it without (?...) flags")
-                return self._run(inner, positions)
+                return self._run(argument[3], positions)
             case "MAX_REPEAT" | "MIN_REPEAT":
                 low, high, inner = argument
                 return self._repeat(low, int(high), inner, positions)
             case "AT":
                 return self._at(str(argument), positions)
-            case "ASSERT" | "ASSERT_NOT" if argument[0] > 0:
+            case _:  # ASSERT, ASSERT_NOT
                 kept = 0
                 for i in range(len(self.text) + 1):
                     if positions >> i & 1 and bool(self._run(argument[1], 1 << i)) == (op == "ASSERT"):
                         kept |= 1 << i
                 return kept
-        raise self._refuse("uses look-behind, back-references or another feature that is not supported")
 
     def _advance(self, positions: int, accepts: Callable[[str], bool]) -> int:
         reached = 0
