@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,7 +19,7 @@ ENVIRONMENT: dict[str, str] = {
     "CHILIAD_ISA": "auto | generic | avx2 | avx512 | amx: instruction set of the C++ kernels",
     "CHILIAD_THREADS": "compute threads; 0 means one per physical core",
     "CHILIAD_API_KEY": "keys, separated by commas; clients send one as `Authorization: Bearer KEY`",
-    "CHILIAD_HOME": "folder of the adapter registry and uploaded adapters",
+    "CHILIAD_HOME": "folder of adapter registries and uploaded adapters",
 }
 
 DType = Literal["float32", "bfloat16", "int8", "int4"]
@@ -29,6 +31,20 @@ def environment(name: str, default: str = "") -> str:
     """Read one of ENVIRONMENT; an unlisted name is our own bug."""
     assert name in ENVIRONMENT, f"{name} is not in config.ENVIRONMENT"
     return os.environ.get(name, default)
+
+
+def home(roots: Sequence[Path] = ()) -> Path:
+    """Where the adapter registry and uploads live: one folder per set of --adapters folders.
+
+    Servers of different folders thus never see each other's names.
+    """
+    import platformdirs
+
+    top = Path(environment("CHILIAD_HOME") or platformdirs.user_data_dir("chiliad"))
+    if not roots:
+        return top / "default"
+    key = "\0".join(sorted(str(root.resolve()) for root in roots))
+    return top / hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
 
 
 def parse_bytes(text: str | int) -> int:

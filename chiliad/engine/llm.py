@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,19 +110,10 @@ class LLM:
         many = self._prompts(prompts)
         each_params = _per_prompt(params or SamplingParams(), SamplingParams, len(many), "params")
         each_adapter = _per_prompt(adapters, (str, type(None)), len(many), "adapters")
-        requests = []
-        for prompt, one, name in zip(many, each_params, each_adapter, strict=True):
-            uses = (AdapterUse(self.registry.resolve(name)),) if name is not None else ()
-            requests.append(
-                Request(
-                    id=f"llm-{next(self._ids)}",
-                    prompt=prompt,
-                    params=one,
-                    adapters=uses,
-                    arrival=time.monotonic(),
-                    prefix_cache=one.prompt_logprobs is None,
-                )
-            )
+        requests = [
+            self._request(prompt, one, name)
+            for prompt, one, name in zip(many, each_params, each_adapter, strict=True)
+        ]
         for request in requests:
             self.engine.check(request)
         return self._run(requests)
@@ -137,6 +128,41 @@ class LLM:
         many = [conversations] if isinstance(conversations[0], dict) else conversations
         prompts = [self.tokenizer.encode(self.tokenizer.chat(c), add_special=False) for c in many]
         return self.generate(prompts, params, adapters)
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[str]:
+        """The text of one answer piece by piece. Closing the iterator ends the request."""
+        (ids,) = self._prompts(prompt)
+        request = self._request(ids, params or SamplingParams(), adapter)
+        self.engine.submit(request)
+        try:
+            while True:
+                if not self.engine.step():
+                    self.engine.wait(0.05)
+                events, self._events[:] = list(self._events), []
+                for event in events:
+                    if isinstance(event, Chunk):
+                        yield event.text
+                    elif isinstance(event, Failed):
+                        raise event.error
+                    else:
+                        return
+        finally:
+            self.engine.cancel(request.id)
+            while not self.engine.idle:
+                self.engine.step()
+            self._events.clear()
+
+    def _request(self, prompt: tuple[int, ...], params: SamplingParams, adapter: str | None) -> Request:
+        return Request(
+            id=f"llm-{next(self._ids)}",
+            prompt=prompt,
+            params=params,
+            adapters=() if adapter is None else (AdapterUse(self.registry.resolve(adapter)),),
+            arrival=time.monotonic(),
+            prefix_cache=params.prompt_logprobs is None,
+        )
 
     def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[int, ...]]:
         if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):

@@ -520,6 +520,7 @@ def _job(
             priority=body.priority,
             tenant=envelope.tenant,
             cache_salt=salt,
+            prefix_cache=params.prompt_logprobs is None,  # cached tokens would have no logprobs
         )
         for i, prompt in enumerate(prompts)
     ]

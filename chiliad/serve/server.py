@@ -100,6 +100,8 @@ def bind(config: ServerConfig) -> socket.socket:
     return sock
 
 
-def serve(engine: Engine, config: ServerConfig, sock: socket.socket) -> None:
-    """Answer requests until a signal comes; returns after the drain."""
-    Server(engine, config).run(sockets=[sock])
+def serve(engine: Engine, config: ServerConfig, sock: socket.socket) -> bool:
+    """Answer requests until a signal comes. True after a drain, False when it was cut short."""
+    server = Server(engine, config)
+    server.run(sockets=[sock])
+    return not server.force_exit

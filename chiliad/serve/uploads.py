@@ -10,6 +10,7 @@ import asyncio
 import os
 import secrets
 import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,7 @@ FIELDS = ("name", "replace")
 MAX_CONFIG = 2**20  # bytes
 MAX_FIELD = 1024  # bytes
 _HIDDEN = "incoming-"
+_STALE = 3600  # seconds after which nobody is writing any more
 
 
 @dataclass(slots=True)
@@ -34,9 +36,10 @@ class Upload:
 
 
 def sweep(uploads: Path) -> None:
-    """Remove what an interrupted upload left behind."""
+    """Remove what an upload left behind when its process died."""
     for folder in uploads.glob(f"{_HIDDEN}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if time.time() - folder.stat().st_mtime > _STALE:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def receive_upload(request: Request, uploads: Path, limit: int) -> Upload:
