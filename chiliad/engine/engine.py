@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_WORKSPACE = 64 * 2**20  # bytes kept out of the pool for activations and logits
+WORKSPACE = 64 * 2**20  # bytes kept out of the pool for activations and logits
 _MIN_PAGES_PER_LAYER = 8  # a pool below this cannot serve one short prompt
 
 
@@ -92,18 +92,18 @@ class Engine:
         arch = model.arch
         self.max_model_len = min(config.max_model_len or arch.max_positions, arch.max_positions)
         self.layout = kv_layout(
-            num_layers=arch.num_layers,
-            num_kv_heads=arch.num_kv_heads,
+            num_layers=arch.layers,
+            num_kv_heads=arch.kv_heads,
             head_dim=arch.head_dim,
             dtype=dtype,
             row_bytes=[
                 n * dtype.itemsize for s in model.info.sites for n in (s.in_features, s.out_features)
             ],
         )
-        pool_bytes = config.memory - model.nbytes - _WORKSPACE
+        pool_bytes = config.memory - model.nbytes - WORKSPACE
         num_pages = pool_bytes // self.layout.page_bytes
-        if num_pages < _MIN_PAGES_PER_LAYER * arch.num_layers:
-            need = model.nbytes + _WORKSPACE + _MIN_PAGES_PER_LAYER * arch.num_layers * self.layout.page_bytes
+        if num_pages < _MIN_PAGES_PER_LAYER * arch.layers:
+            need = model.nbytes + WORKSPACE + _MIN_PAGES_PER_LAYER * arch.layers * self.layout.page_bytes
             raise InvalidConfig(
                 f"memory of {config.memory / 1e6:.0f} MB is too little: {model.name} in {config.dtype} needs "
                 f"{model.nbytes / 1e6:.0f} MB for weights; give at least {need / 1e6:.0f}MB",
@@ -120,7 +120,7 @@ class Engine:
             config.scheduler,
             pool=self.pool,
             residency=self.store,
-            num_layers=arch.num_layers,
+            num_layers=arch.layers,
             block_tokens=self.layout.block_tokens,
             max_model_len=self.max_model_len,
             metrics=self.metrics,
@@ -160,7 +160,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Validate against the model; raises InvalidRequest or ContextLengthExceeded."""
-        params, vocab = request.params, self.model.arch.vocab_size
+        params, vocab = request.params, self.model.arch.vocab
         if not request.prompt:
             raise InvalidRequest("the prompt is empty: send at least one token", param="prompt")
         if not all(0 <= token < vocab for token in request.prompt):
@@ -187,8 +187,8 @@ class Engine:
 
     def remove_adapter(self, name: str) -> Future[int]:
         """Forget a name. Running requests finish; the result is the bytes freed now or by then."""
-        version = self.registry.remove(name)
-        return self.call(lambda: self.store.remove(version))
+        versions = self.registry.remove(name)
+        return self.call(lambda: self.store.remove(versions))
 
     # -- the loop ------------------------------------------------------------------------
 

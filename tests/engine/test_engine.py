@@ -1,0 +1,269 @@
+"""The engine as a whole, on a tiny random model in float32.
+
+The claim under test is row independence: what a request gets does not depend on who shares its
+batch, how its prompt was cut, whether it was preempted, or what happens to other adapters.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from engine_harness import ADAPTERS, MakeLLM
+
+from chiliad import LLM, SamplingParams
+from chiliad.config import SchedulerConfig
+from chiliad.core import AdapterUse, BaseInfo, Chunk, Failed, Finished, Request
+from chiliad.engine.engine import WORKSPACE
+from chiliad.errors import ContextLengthExceeded, InvalidConfig, InvalidRequest, ModelNotFound
+from chiliad.testing import write_random_adapter
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 250) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def solo(llm: LLM, prompt: list[int], adapter: str | None, params: SamplingParams = GREEDY) -> list[int]:
+    return llm.generate(prompt, params, adapter)[0].choices[0].token_ids
+
+
+def test_mixed_batch_equals_solo(make_llm: MakeLLM) -> None:
+    names = [None, *ADAPTERS, None, "r8-qv", "r64-all"]
+    texts = prompts(len(names))
+    mixed = make_llm(scheduler=SchedulerConfig(max_step_tokens=48)).generate(texts, GREEDY, names)
+    alone = make_llm()
+    for prompt, name, output in zip(texts, names, mixed, strict=True):
+        assert output.choices[0].token_ids == solo(alone, prompt, name), name
+
+
+def test_adapters_change_the_answer(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    prompt = prompts(1)[0]
+    answers = {tuple(solo(llm, prompt, name)) for name in [None, *ADAPTERS]}
+    assert len(answers) > len(ADAPTERS) // 2
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64])
+def test_chunks_do_not_matter(make_llm: MakeLLM, budget: int) -> None:
+    texts = prompts(6, seed=1)
+    names = [None, "r16-all", "r16-all", "r1-qv", None, "rslora"]
+    whole = make_llm().generate(texts, GREEDY, names)
+    cut = make_llm(scheduler=SchedulerConfig(max_step_tokens=budget)).generate(texts, GREEDY, names)
+    assert [o.choices[0].token_ids for o in cut] == [o.choices[0].token_ids for o in whole]
+
+
+class Driver:
+    """Random arrivals, cancellations and adapter changes around an engine, one step at a time."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, object] = {}
+
+    def submit(self, name: str, prompt: list[int], adapter: str | None, params: SamplingParams) -> None:
+        uses = (AdapterUse(self.llm.registry.resolve(adapter)),) if adapter else ()
+        self.tokens[name] = []
+        self.llm.engine.submit(Request(name, tuple(prompt), params, uses))
+
+    def step(self) -> None:
+        if not self.llm.engine.step():
+            self.llm.engine.wait(0.01)
+        for event in self.llm._events:
+            assert event.request_id not in self.ended, "an event after the terminal one"
+            if isinstance(event, Chunk):
+                self.tokens[event.request_id].extend(event.token_ids)
+            elif isinstance(event, Finished | Failed):
+                self.ended[event.request_id] = event
+        self.llm._events.clear()
+
+
+def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo) -> None:
+    """64 requests with random arrival, chunked prefill, preemption, and adapters that come and go."""
+    folder = tmp_path / "adapters"
+    for seed, (name, how) in enumerate(ADAPTERS.items()):
+        write_random_adapter(folder / name, tiny_base, seed=seed, **how)
+    rng = random.Random(7)
+    names = [rng.choice([None, *ADAPTERS]) for _ in range(64)]
+    texts = prompts(64, seed=8, longest=90)
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    probe = make_llm()
+    expected = [solo(probe, p, n, params) for p, n in zip(texts, names, strict=True)]
+    layout, store = probe.engine.layout, probe.engine.store
+    largest = max(store.pages_needed(probe.registry.resolve(name)) for name in ADAPTERS)
+    blocks_for_three = 3 * layout.num_layers * -(-150 // layout.block_tokens)
+    pages = largest + blocks_for_three
+    tight = probe.model.nbytes + WORKSPACE + pages * layout.page_bytes
+    llm = make_llm(
+        adapters=folder,
+        memory=tight,
+        scheduler=SchedulerConfig(max_step_tokens=40, max_sequences=24),
+    )
+    driver = Driver(llm)
+    waiting = list(range(64))
+    replaced = 0
+    for turn in range(4000):
+        if waiting and rng.random() < 0.3:
+            i = waiting.pop(0)
+            driver.submit(f"r{i}", texts[i], names[i], params)
+        if turn % 40 == 20:  # strangers: a new version of a name that nobody else uses, a cancelled request
+            extra = folder / f"extra-{turn}"
+            write_random_adapter(extra, tiny_base, rank=1 + turn % 17, targets="all-linear", seed=turn)
+            llm.engine.add_adapter(extra, "changing", replace=True)
+            driver.submit(f"x{turn}", [5, 6, 7], "changing", GREEDY)
+            if turn % 80 == 20:
+                llm.engine.cancel(f"x{turn}")
+            else:
+                llm.engine.remove_adapter("changing")
+            replaced += 1
+        driver.step()
+        if not waiting and llm.engine.idle:
+            break
+    assert llm.engine.idle
+    assert llm.engine.metrics.preemptions > 0, "the pool was not tight enough to test preemption"
+    assert replaced > 2
+    for i in range(64):
+        assert isinstance(driver.ended[f"r{i}"], Finished)
+        assert driver.tokens[f"r{i}"] == expected[i], (i, names[i])
+    usage = llm.engine.pool.usage()
+    assert llm.engine.pool.free_pages + llm.engine.pool.evictable_pages == llm.engine.pool.num_pages, usage
+
+
+def test_running_requests_keep_their_version(make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    write_random_adapter(old, tiny_base, rank=8, seed=1, std=0.6)
+    write_random_adapter(new, tiny_base, rank=5, seed=2, std=0.6)
+    llm = make_llm(adapters=None)
+    prompt = prompts(1, seed=4)[0]
+    llm.engine.add_adapter(old, "a")
+    before = solo(llm, prompt, "a")
+    driver = Driver(llm)
+    driver.submit("running", prompt, "a", GREEDY)
+    for _ in range(200):
+        driver.step()
+        if driver.tokens["running"]:
+            break
+    llm.engine.add_adapter(new, "a", replace=True)
+    driver.submit("late", prompt, "a", GREEDY)
+    for _ in range(2000):
+        driver.step()
+        if llm.engine.idle:
+            break
+    assert driver.tokens["running"] == before
+    assert driver.tokens["late"] != before
+    freed = llm.engine.remove_adapter("a")
+    llm.engine.step()
+    assert freed.result(timeout=1) > 0
+    with pytest.raises(ModelNotFound):
+        llm.generate(prompt, GREEDY, "a")
+
+
+def test_files_replaced_on_disk_are_not_served_under_the_old_name(
+    make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo
+) -> None:
+    folder = tmp_path / "a"
+    write_random_adapter(folder, tiny_base, rank=8, seed=1)
+    llm = make_llm(adapters=None)
+    llm.engine.add_adapter(folder, "a")
+    shutil.rmtree(folder)
+    write_random_adapter(folder, tiny_base, rank=8, seed=2)
+    with pytest.raises(Exception, match=r"chang|again"):
+        llm.generate([5, 6], GREEDY, "a")
+    assert solo(llm, [5, 6], None)  # the engine is unharmed
+
+
+def test_seeded_sampling_repeats_and_differs_by_choice(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    params = SamplingParams(
+        temperature=1.0, seed=11, n=3, max_tokens=12, ignore_eos=True, top_p=0.9, top_k=40
+    )
+    first, again = (llm.generate([9, 8, 7], params, "r8-qv")[0] for _ in range(2))
+    assert [c.token_ids for c in first.choices] == [c.token_ids for c in again.choices]
+    assert len({tuple(c.token_ids) for c in first.choices}) == 3
+    crowd = llm.generate([[9, 8, 7], *prompts(5)], [params, *[GREEDY] * 5], ["r8-qv", *[None] * 5])
+    assert [c.token_ids for c in crowd[0].choices] == [c.token_ids for c in first.choices]
+    assert first.usage.prompt_tokens == 3
+    assert first.usage.completion_tokens == 36
+
+
+def test_logprobs_are_those_of_the_model(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    prompt = prompts(1, seed=5)[0]
+    params = SamplingParams(temperature=0, max_tokens=5, logprobs=4, ignore_eos=True)
+    choice = llm.generate(prompt, params)[0].choices[0]
+    assert choice.logprobs is not None
+    assert len(choice.logprobs) == 5
+    for token, entry in zip(choice.token_ids, choice.logprobs, strict=True):
+        assert entry.token_id == token == entry.top[0][0]
+        assert entry.logprob == pytest.approx(entry.top[0][1])
+        assert len(entry.top) == 4
+    # The same tokens scored as a prompt give the same logprobs.
+    scored = llm.generate([*prompt, *choice.token_ids], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+    assert scored.prompt_logprobs is not None
+    tail = [entry.logprob for entry in scored.prompt_logprobs[len(prompt) :] if entry]
+    assert tail == pytest.approx([e.logprob for e in choice.logprobs], abs=1e-4)
+    assert scored.prompt_logprobs[0] is None
+
+
+def test_bias_bans_and_min_tokens(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    forced = SamplingParams(temperature=0, max_tokens=4, logit_bias={77: 100.0}, ignore_eos=True)
+    assert solo(llm, [5, 6], None, forced) == [77] * 4
+    eos = next(iter(llm.tokenizer.eos_ids))
+    wants_eos = {"temperature": 0, "max_tokens": 9, "logit_bias": {eos: 100.0}}
+    assert solo(llm, [5, 6], None, SamplingParams(**wants_eos)) == [eos]  # type: ignore[arg-type]
+    held = llm.generate([5, 6], SamplingParams(**wants_eos, min_tokens=4))[0].choices[0]  # type: ignore[arg-type]
+    assert len(held.token_ids) == 5
+    assert held.finish_reason == "stop"
+
+
+def test_refusals(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    with pytest.raises(ModelNotFound, match="nobody"):
+        llm.generate("hi", GREEDY, "nobody")
+    with pytest.raises(InvalidRequest, match="empty"):
+        llm.generate([[]], GREEDY)
+    with pytest.raises(InvalidRequest, match="outside"):
+        llm.generate([10**6], GREEDY)
+    with pytest.raises(ContextLengthExceeded, match="max_tokens"):
+        llm.generate([5], SamplingParams(max_tokens=10**6))
+    with pytest.raises(InvalidConfig, match="too little"):
+        make_llm(memory="1MB")
+    assert solo(llm, [5], None)
+
+
+def test_cancel_frees_everything(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    driver = Driver(llm)
+    long = SamplingParams(temperature=0, max_tokens=300, ignore_eos=True)
+    for i, name in enumerate([None, "r8-qv", "r64-all"]):
+        driver.submit(f"c{i}", [5, 6, 7 + i], name, long)
+    for _ in range(100):
+        driver.step()
+        if all(driver.tokens[f"c{i}"] for i in range(3)):
+            break
+    for i in range(3):
+        llm.engine.cancel(f"c{i}")
+    driver.step()
+    assert {f"c{i}" for i in range(3)} == set(driver.ended)
+    pool = llm.engine.pool
+    assert pool.free_pages + pool.evictable_pages == pool.num_pages
+
+
+def test_a_failing_step_spares_later_ones(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm()
+    runner = llm.engine._runner
+    original = runner.run
+
+    def explode(*_: object) -> None:
+        monkeypatch.setattr(runner, "run", original)
+        raise FloatingPointError("boom")
+
+    monkeypatch.setattr(runner, "run", explode)
+    with pytest.raises(Exception, match="boom"):
+        llm.generate([5, 6], GREEDY)
+    assert solo(llm, [5, 6], None)
