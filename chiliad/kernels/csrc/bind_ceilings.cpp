@@ -1,7 +1,6 @@
 // read_bandwidth and multiply_rate for Python.
 #include <algorithm>
 #include <chrono>
-#include <cstring>
 
 #include "bind.h"
 #include "ceilings.h"
@@ -21,19 +20,22 @@ double seconds(const F& f) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Bytes per second of reading a buffer of `bytes` once; the best of `repeats` with each prefetch distance.
+// Bytes per second of reading `bytes` of memory front to back: the best rate over stretches of
+// 32 MB, each with the prefetch distance that suits it, so that a busy machine does not lower it.
 double read_bandwidth(Kernels& kernels, std::size_t bytes, int repeats) {
-  const Bytes buffer = allocate(bytes);
-  std::memset(buffer.get(), 1, bytes);
+  constexpr std::size_t kStretch = std::size_t{32} << 20;
+  const std::size_t stretches = std::max<std::size_t>(1, bytes / kStretch);
+  const Bytes buffer = allocate(stretches * kStretch);
   std::lock_guard lock(kernels.busy);
   double best = 0;
   for (int i = 0; i < repeats; ++i)
-    for (int ahead : {0, 16, 64}) {
-      const double time = seconds([&] {
-        ceiling_ops(kernels.isa).read(kernels.threads, reinterpret_cast<const float*>(buffer.get()), bytes / 4, ahead);
-      });
-      best = std::max(best, static_cast<double>(bytes / (1 << 18) * (1 << 18)) / time);
-    }
+    for (int ahead : {0, 16, 64})
+      for (std::size_t at = 0; at < stretches; ++at) {
+        const auto* data = reinterpret_cast<const float*>(buffer.get() + at * kStretch);
+        const double time =
+            seconds([&] { ceiling_ops(kernels.isa).read(kernels.threads, data, kStretch / 4, ahead); });
+        best = std::max(best, kStretch / time);
+      }
   return best;
 }
 

@@ -311,38 +311,40 @@ void enter() {
 
 void leave() { _tile_release(); }
 
-// Up to 32 rows: c[32][32] = tiles (a0, a1) * panel.
+// A quarter of the next pair of weight tiles, in good time. Spread between
+// the tile instructions, because a bunch of prefetches would fill the load buffers and stall.
+template <bool Fetch>
+CHILIAD_INLINE void fetch(const std::byte* b, int quarter) {
+  constexpr int kAhead = 2048;  // bytes, measured: 1 to 3 KB are equal, more is worse
+  if constexpr (Fetch)
+    for (int line = 0; line < 512; line += 64) _mm_prefetch(b + kAhead + quarter * 512 + line, _MM_HINT_T1);
+}
+
+// Up to 32 rows: c[32][32] = tiles (a0, a1) * panel. Fetch: the panel comes from memory.
+template <bool Two, bool Fetch>
 void gemm_amx(const std::byte* a0, const std::byte* a1, const std::byte* b, int k_padded, float* c) {
   _tile_zero(0);
   _tile_zero(1);
-  if (!a1) {
-    for (int k = 0; k < k_padded; k += 32, a0 += 1024, b += 2048) {
-      for (int line = 0; line < 2048; line += 64) _mm_prefetch(b + 8192 + line, _MM_HINT_T0);
-      _tile_loadd(4, a0, 64);
-      _tile_loadd(6, b, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + 1024, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-  } else {
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int k = 0; k < k_padded; k += 32, a0 += 1024, a1 += 1024, b += 2048) {
-      for (int line = 0; line < 2048; line += 64) _mm_prefetch(b + 8192 + line, _MM_HINT_T0);
-      _tile_loadd(4, a0, 64);
-      _tile_loadd(6, b, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_loadd(7, b + 1024, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_loadd(5, a1, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(2, c + 16 * kPanel, kPanel * 4);
-    _tile_stored(3, c + 16 * kPanel + 16, kPanel * 4);
+  if (Two) _tile_zero(2);
+  if (Two) _tile_zero(3);
+  for (int k = 0; k < k_padded; k += 32, a0 += 1024, a1 += 1024, b += 2048) {
+    _tile_loadd(4, a0, 64);
+    _tile_loadd(6, b, 64);
+    fetch<Fetch>(b, 0);
+    _tile_dpbf16ps(0, 4, 6);
+    fetch<Fetch>(b, 1);
+    _tile_loadd(7, b + 1024, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    fetch<Fetch>(b, 2);
+    if (Two) _tile_loadd(5, a1, 64);
+    if (Two) _tile_dpbf16ps(2, 5, 6);
+    fetch<Fetch>(b, 3);
+    if (Two) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, kPanel * 4);
   _tile_stored(1, c + 16, kPanel * 4);
+  if (Two) _tile_stored(2, c + 16 * kPanel, kPanel * 4);
+  if (Two) _tile_stored(3, c + 16 * kPanel + 16, kPanel * 4);
 }
 
 #else
@@ -374,11 +376,16 @@ void gemm_tile(const ProjectPlan& plan, const std::byte* tile, const std::byte* 
 }
 
 // c[rows][32] for up to 32 rows from `row` (a multiple of 16), with the inputs of projection p.
-void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* panel, float* c) {
+void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* panel, [[maybe_unused]] bool fetch, float* c) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const std::byte* const* tiles = plan.tiles + p * row_tiles + row / kRowTile;
 #if defined(__AMX_BF16__)
-  if (plan.dtype == DType::bfloat16) return gemm_amx(tiles[0], rows > kRowTile ? tiles[1] : nullptr, panel, plan.k_padded, c);
+  if (plan.dtype == DType::bfloat16) {
+    const bool two = rows > kRowTile;
+    auto* call = two ? (fetch ? gemm_amx<true, true> : gemm_amx<true, false>)
+                     : (fetch ? gemm_amx<false, true> : gemm_amx<false, false>);
+    return call(tiles[0], tiles[two], panel, plan.k_padded, c);
+  }
 #endif
   gemm_tile(plan, tiles[0], panel, rows < kRowTile ? rows : kRowTile, c);
   if (rows > kRowTile) gemm_tile(plan, tiles[1], panel, rows - kRowTile, c + kRowTile * kPanel);
@@ -490,13 +497,13 @@ void run_panel(const ProjectPlan& plan, int panel, int first, int last, float* c
   const std::byte* weights = plan.weights + panel * plan.panel_bytes;
   for (int row = first; row < last; row += 32) {
     const int rows = last - row < 32 ? last - row : 32;
-    gemm(plan, p0, row, rows, weights, c);
+    gemm(plan, p0, row, rows, weights, row == first, c);
     bool same = true;  // do both blocks see the same inputs?
     for (int t = row / kRowTile; p0 != p1 && t <= (row + rows - 1) / kRowTile; ++t)
       same = same && plan.tiles[p0 * row_tiles + t] == plan.tiles[p1 * row_tiles + t];
     if (!same) {
       float* other = c + 32 * kPanel;
-      gemm(plan, p1, row, rows, weights, other);
+      gemm(plan, p1, row, rows, weights, false, other);
       for (int r = 0; r < rows; ++r) std::memcpy(c + r * kPanel + kBlock, other + r * kPanel + kBlock, kBlock * sizeof(float));
     }
     epilogue(plan, panel, row, rows, c);
