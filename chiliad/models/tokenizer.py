@@ -82,7 +82,7 @@ class Tokenizer:
         """
         try:
             ids: list[int] = self.backend.encode(text, add_special_tokens=add_special).ids
-        except UnicodeEncodeError:  # a lone surrogate, which JSON can carry
+        except TypeError:  # what the library says of a lone surrogate, which JSON can carry
             raise InvalidRequest("the text is not valid Unicode (it contains a lone surrogate)") from None
         return ids
 
@@ -91,9 +91,15 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return "".join([*map(stream.step, ids), stream.flush()])
 
-    def stream(self, skip_special: bool = True) -> TextStream:
-        """Incremental decoding: what the steps and the flush return adds up to `decode` of all ids."""
-        return TextStream(self._table, self.special_ids if skip_special else frozenset(), self._decoding)
+    def stream(self, skip_special: bool = True, after: Sequence[int] = ()) -> TextStream:
+        """Incremental decoding: what the steps and the flush return adds up to `decode` of all ids.
+
+        Decoding drops the space that sentencepiece puts before the first word. A stream that
+        continues a prompt must keep it: `after` holds the tokens before the first step.
+        """
+        skip = self.special_ids if skip_special else frozenset()
+        inside = any(token_id not in skip for token_id in after) if self._decoding.strip else False
+        return TextStream(self._table, skip, 0 if inside else self._decoding.strip)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for, alone; b"" outside the vocabulary."""
@@ -143,10 +149,10 @@ class Tokenizer:
         if not messages:
             raise InvalidRequest("messages is empty: send at least one message", param="messages")
         name = self._template_name(tools)
+        plain = [_plain_message(message) for message in messages]
+        if not self._reads_parts(name):
+            plain = [_join_parts(message) for message in plain]
         try:
-            plain = [_plain_message(message) for message in messages]
-            if not self._reads_parts(name):
-                plain = [_join_parts(message) for message in plain]
             return self._render(
                 name,
                 messages=plain,
@@ -155,16 +161,17 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **{**self.named_tokens, **_plain(kwargs)},
             )
-        except _Raised as refusal:
-            raise InvalidRequest(f"the chat template refuses this: {refusal}", param="messages") from None
-        except minijinja.TemplateError as error:
-            reason = f"{error.message} (line {error.line})"
-            raise InvalidRequest(
-                f"the chat template cannot render these messages: {reason}", param="messages"
-            ) from None
+        except _TemplateFailed as failed:
+            raise InvalidRequest(f"the chat template refuses this: {failed}", param="messages") from None
 
     def _render(self, name: str, **context: Any) -> str:
-        return str(self._environment.render_template(name, **context))
+        environment = self._environment  # outside: a broken template is the model's fault
+        try:
+            return str(environment.render_template(name, **context))
+        except minijinja.TemplateError as error:
+            raise _TemplateFailed(f"{error.message} (line {error.line})") from None
+        except Exception as error:  # raise_exception, or a method of a value, called wrongly
+            raise _TemplateFailed(str(error)) from None
 
     def _template_name(self, tools: object) -> str:
         if not self._templates:
@@ -202,7 +209,7 @@ class Tokenizer:
                     name, messages=[{"role": "user", "content": content}], add_generation_prompt=False,
                     **self.named_tokens,
                 )  # fmt: skip
-            except (_Raised, minijinja.TemplateError):
+            except _TemplateFailed:
                 text = ""
             known[name] = "probe" in text and "'type'" not in text and '"type"' not in text
         return known[name]
@@ -210,15 +217,15 @@ class Tokenizer:
 
 # --- chat templates --------------------------------------------------------------------------
 
-_FUEL = 20_000_000  # template instructions per rendering, about a second; a long chat needs thousands
+_FUEL = 5_000_000  # template instructions per rendering, well under a second; a long chat needs thousands
 
 
-class _Raised(Exception):
-    """A template called raise_exception."""
+class _TemplateFailed(Exception):
+    """A template called raise_exception, or could not do what it says."""
 
 
 def _raise_exception(message: object) -> None:
-    raise _Raised(str(message))
+    raise _TemplateFailed(str(message))
 
 
 def _strftime_now(format: str) -> str:
@@ -304,8 +311,8 @@ class _Decoding:
     """How token texts become bytes, read off a tokenizers decoder.
 
     byte_level: texts are written in GPT-2's byte alphabet. Otherwise `replace` is applied to each
-    text, and "<0xE2>" stands for a byte where byte_fallback is set. From the start of the whole
-    text, `strip` spaces are removed, or (`strip_first`) all that the first token begins with.
+    text, and "<0xE2>" stands for a byte where byte_fallback is set. `strip` spaces are removed from
+    the start of the whole text; -1 means all spaces of the first token (Metaspace).
     """
 
     byte_level: bool = False
@@ -368,14 +375,13 @@ class _Decoding:
 class TextStream:
     """Turns token ids into text as they come; made by `Tokenizer.stream`."""
 
-    __slots__ = ("_first", "_pending", "_skip", "_strip", "_table")
+    __slots__ = ("_pending", "_skip", "_strip", "_table")
 
-    def __init__(self, table: dict[int, bytes], skip: frozenset[int], decoding: _Decoding) -> None:
+    def __init__(self, table: dict[int, bytes], skip: frozenset[int], strip: int) -> None:
         self._table = table
         self._skip = skip
+        self._strip = strip  # see _Decoding.strip
         self._pending = b""  # the beginning of a character
-        self._strip = decoding.strip
-        self._first = True
 
     def step(self, token_id: int) -> str:
         """The text that this token completes: whole characters, maybe none."""
