@@ -332,7 +332,6 @@ class Scheduler:
             else:
                 blocked.add(sequence.adapter_key)
             if due and sequence.adapter_key:
-                self._keep(sequence)
                 kept.add(sequence)
                 ahead += self._pages_needed(sequence)
             if state == "short" and room:
@@ -366,7 +365,12 @@ class Scheduler:
     def _fetch(
         self, sequence: Sequence, due: bool, forecast: _Forecast
     ) -> Literal["resident", "loading", "waiting", "short", "failed"]:
-        """Where a waiting sequence's adapters are. Asks for absent ones if it is `due` and they fit."""
+        """Where a waiting sequence's adapters are.
+
+        If it is `due`, those that are resident stay so and absent ones are asked for.
+        """
+        if due and sequence.request.adapters:
+            self._keep(sequence)
         result: Literal["resident", "loading", "waiting"] = "resident"
         for use in sequence.request.adapters:
             version = use.adapter
@@ -415,15 +419,14 @@ class Scheduler:
             self.prefix.extend(sequence.chain, sequence.tokens, num_tokens - 1)
             blocks = self.prefix.match(sequence.chain, (num_tokens - 1) // size)
         needed = -(-num_tokens // size) - len(blocks)
-        kept = sequence.retained > 0
-        self._retain(sequence)  # first, lest its own adapter be evicted for its KV
         pages: np.ndarray | None = None
         if not self.running or forecast.admits(num_tokens, self._left(sequence)):
+            self._retain(sequence)  # first, lest its own adapter be evicted for its KV
             with contextlib.suppress(OutOfMemory):
                 pages = self._pool.alloc(needed * self._num_layers, Owner.KV)
         if pages is None:
             self._drop_blocks(blocks)
-            if not kept:
+            if sequence not in self._ahead:
                 self._release(sequence)
             return False
         self.policy.remove(sequence)
