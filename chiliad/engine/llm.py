@@ -182,12 +182,11 @@ class LLM:
                     _collect(outputs[event.request_id], event)
                 elif isinstance(event, Finished):
                     outputs[event.request_id].usage = event.usage
-                elif isinstance(event, Failed):
-                    failure = failure or event.error
+                elif isinstance(event, Failed) and failure is None:
+                    failure = event.error
+                    for request in requests:
+                        self.engine.cancel(request.id)
             self._events.clear()
-            if failure is not None:
-                for request in requests:
-                    self.engine.cancel(request.id)
         if failure is not None:
             raise failure
         return [outputs[r.id] for r in requests]
