@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from chiliad.adapters.base import AdapterPlan, Lowered, LowRank, TensorHeader
-from chiliad.adapters.patterns import fullmatches, lists, suffix_matches
+from chiliad.adapters.patterns import fullmatches, listed, suffix_matches
 from chiliad.core import BaseInfo
 from chiliad.errors import AdapterMismatch, InvalidAdapter
 
@@ -167,10 +167,10 @@ class _Config:
             else:
                 found = set(fullmatches(self.targets, names))
         else:
-            found = {name for name in names if lists(name, self.targets) and self._in_layers(name)}
+            found = {name for name in listed(self.targets, names) if self._in_layers(name)}
         if isinstance(self.excluded, str):
             return found - fullmatches(self.excluded, names) if self.excluded else found
-        return {name for name in found if not lists(name, self.excluded)}
+        return found - listed(self.excluded, names)
 
     def patterned(self, pattern: Mapping[str, float], names: tuple[str, ...]) -> dict[str, float]:
         """Per module the value of the first key that matches it, as PEFT's dictionary order has it."""

@@ -49,9 +49,10 @@ def suffix_matches(key: str, names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name for name in names if walk.ends(name))
 
 
-def lists(name: str, entries: Sequence[str]) -> bool:
+def listed(entries: Sequence[str], names: Sequence[str]) -> set[str]:
     """PEFT's rule for lists of modules: an entry is the whole name or a dotted end of it."""
-    return name in entries or any(name.endswith("." + entry) for entry in entries)
+    ends = tuple("." + entry for entry in entries)
+    return {name for name in names if name.endswith(ends) or name in entries}
 
 
 class _Walk:

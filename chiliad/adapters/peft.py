@@ -20,6 +20,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,12 +58,14 @@ class Limits:
 class Header:
     """All that is known of an adapter before its tensors are read.
 
-    `digest` identifies the content, see `PeftFolder`. `stamp` is the cheap test for "nothing
-    happened to the two files": their sizes, modification times and inodes.
+    `digest` identifies the content, see `PeftFolder`; `recipe` only what can be planned from:
+    config and tensor names, types and shapes. `stamp` is the cheap test for "nothing happened to
+    the two files": their sizes, modification times and inodes.
     """
 
-    config: dict[str, Any]
-    tensors: dict[str, TensorHeader]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorHeader]
+    recipe: str
     digest: str
     nbytes: int
     stamp: str
@@ -100,17 +103,20 @@ class PeftFolder:
         try:
             self._stat = os.fstat(self._file)
             header = self._read_header()
-            self._offsets, tensors = _check_header(header, self._stat.st_size, limits)
-            parsed = _parse_json(config, CONFIG_FILE, limits.config_depth)
+            # thousands of adapters of one recipe have the same header
+            check = _check_header if len(header) <= 1 << 18 else _check_header.__wrapped__
+            self._offsets, tensors = check(header, self._stat.st_size, limits)
+            parsed = _parse_json(config, CONFIG_FILE)
+            if _deeper(parsed, limits.config_depth):
+                raise InvalidAdapter(f"{CONFIG_FILE} is nested too deeply")
         except BaseException:
             self.close()
             raise
         facts = f"{self._stat.st_size} {self._stat.st_mtime_ns}".encode()
-        digest = hashlib.blake2b(digest_size=32)
-        for part in (os.fsencode(self.path), config, header, facts):
-            digest.update(len(part).to_bytes(8, "little") + part)
+        recipe = _hash(config, header)
+        digest = _hash(recipe.encode(), os.fsencode(self.path), facts)
         stamp = _stamp(config_stat, self._stat)
-        self.header = Header(parsed, tensors, digest.hexdigest(), self._stat.st_size, stamp)
+        self.header = Header(parsed, tensors, recipe, digest, self._stat.st_size, stamp)
 
     def __enter__(self) -> PeftFolder:
         return self
@@ -270,12 +276,20 @@ def adapter_format(config: Mapping[str, object]) -> AdapterFormat:
     return FORMATS[kind]
 
 
+def _hash(*parts: bytes) -> str:
+    """blake2b-256 of byte strings; no two different lists of them are written alike."""
+    digest = hashlib.blake2b(digest_size=32)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
 def _stamp(config: os.stat_result, tensors: os.stat_result) -> str:
     return "/".join(f"{s.st_size}:{s.st_mtime_ns}:{s.st_ino}" for s in (config, tensors))
 
 
-def _parse_json(raw: bytes, file: str, max_depth: int) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or deep nesting, or InvalidAdapter."""
+def _parse_json(raw: bytes, file: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys or NaN, or InvalidAdapter."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -298,8 +312,6 @@ def _parse_json(raw: bytes, file: str, max_depth: int) -> dict[str, Any]:
         raise InvalidAdapter(f"{file} is not valid JSON: {str(error)[:120]}") from None
     if not isinstance(value, dict):
         raise InvalidAdapter(f"{file} must hold a JSON object")
-    if _deeper(value, max_depth):
-        raise InvalidAdapter(f"{file} is nested too deeply")
     return value
 
 
@@ -310,13 +322,14 @@ def _deeper(value: object, depth: int) -> bool:
     return depth == 0 or any(_deeper(item, depth - 1) for item in inner)
 
 
+@lru_cache(maxsize=32)
 def _check_header(
     raw: bytes, file_size: int, limits: Limits
-) -> tuple[dict[str, tuple[int, int]], dict[str, TensorHeader]]:
+) -> tuple[Mapping[str, tuple[int, int]], Mapping[str, TensorHeader]]:
     """Byte ranges (within the data part) and headers of a safetensors file, or InvalidAdapter."""
     if not raw.startswith(b"{"):
         raise InvalidAdapter(f"{TENSOR_FILE} is not a safetensors file")
-    parsed = _parse_json(raw, f"the header of {TENSOR_FILE}", max_depth=3)
+    parsed = _parse_json(raw, f"the header of {TENSOR_FILE}")
     metadata = parsed.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise InvalidAdapter(f"the header of {TENSOR_FILE}: __metadata__ must map strings to strings")
@@ -327,10 +340,11 @@ def _check_header(
         )
     ranges: dict[str, tuple[int, int]] = {}
     tensors: dict[str, TensorHeader] = {}
+    keys = {"dtype", "shape", "data_offsets"}
     for name, entry in parsed.items():
         if not _TENSOR_NAME.fullmatch(name) or ".." in name:
             raise InvalidAdapter(f"{TENSOR_FILE}: {name[:80]!a} is not a tensor name")
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        if not isinstance(entry, dict) or entry.keys() != keys:
             raise InvalidAdapter(f"{TENSOR_FILE}: tensor {name} wants exactly dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _ITEMSIZE:
@@ -344,10 +358,10 @@ def _check_header(
             raise InvalidAdapter(
                 f"{TENSOR_FILE}: tensor {name} lies at bytes {begin}..{end} of {size}; is the file truncated?"
             )
-        if end - begin != math.prod(shape) * _ITEMSIZE[dtype]:
+        needed = math.prod(shape) * _ITEMSIZE[dtype]
+        if end - begin != needed:
             raise InvalidAdapter(
-                f"{TENSOR_FILE}: tensor {name} has {end - begin} bytes, but {dtype} {shape} needs "
-                f"{math.prod(shape) * _ITEMSIZE[dtype]}"
+                f"{TENSOR_FILE}: tensor {name} has {end - begin} bytes, but {dtype} {shape} needs {needed}"
             )
         ranges[name] = (begin, end)
         tensors[name] = TensorHeader(dtype, tuple(shape))
@@ -363,4 +377,9 @@ def _check_header(
 
 
 def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 48 for v in value)
+    return (
+        isinstance(value, list)
+        and {int}.issuperset(map(type, value))
+        and min(value, default=0) >= 0
+        and max(value, default=0) < 1 << 48
+    )

@@ -17,6 +17,7 @@ import re
 import sqlite3
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from chiliad.adapters import peft
+from chiliad.adapters.base import AdapterPlan
 from chiliad.core import AdapterVersion, BaseInfo
 from chiliad.errors import (
     AdapterError,
@@ -139,10 +141,12 @@ class Registry:
         self.base = base
         self._limits = limits or peft.Limits()
         self._lock = threading.RLock()
+        self._plans: dict[str, AdapterPlan] = {}  # by recipe: a scan meets few, thousands of times
         try:
             if path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
+            self._finalizer = weakref.finalize(self, self._db.close)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._migrate()
@@ -151,7 +155,7 @@ class Registry:
 
     def close(self) -> None:
         with self._lock:
-            self._db.close()
+            self._finalizer()
 
     # -- changing ------------------------------------------------------------------------
 
@@ -390,7 +394,11 @@ class Registry:
         method, fingerprint, base_name = str(header.config.get("peft_type", "")).lower(), "", ""
         ranks: tuple[int, ...] = ()
         if self.base is not None:
-            plan = peft.plan(header, self.base, self._limits)
+            plan = self._plans.get(header.recipe)
+            if plan is None:
+                if len(self._plans) >= 256:
+                    self._plans.clear()
+                plan = self._plans[header.recipe] = peft.plan(header, self.base, self._limits)
             method, fingerprint, base_name = plan.method, self.base.fingerprint, self.base.name
             ranks = tuple(plan.low_rank.get(slot, 0) for slot in range(len(self.base.sites)))
         else:
