@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -220,6 +221,9 @@ class Tokenizer:
 _FUEL = 5_000_000  # template instructions per rendering, well under a second; a long chat needs thousands
 
 
+_MAX_DEPTH = 100  # of JSON inside a message or a tool
+
+
 class _TemplateFailed(Exception):
     """A template called raise_exception, or could not do what it says."""
 
@@ -253,14 +257,16 @@ def _without_generation_tags(source: str) -> str:
     return source
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, depth: int = 0) -> Any:
     """A copy made of JSON types only, so that a template cannot change or reach the caller's objects."""
     if value is None or isinstance(value, (str, int, float)):
         return value
+    if depth > _MAX_DEPTH:
+        raise InvalidRequest("the conversation is nested too deeply", param="messages")
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, depth + 1) for item in value]
     raise InvalidRequest(
         f"a {type(value).__name__} cannot be part of a conversation: send JSON", param="messages"
     )
@@ -304,6 +310,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _ALPHABET = _byte_alphabet()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,11 +369,8 @@ class _Decoding:
                 return bytes([_ALPHABET[character] for character in text])
             except KeyError:  # an added token outside the alphabet stands for itself
                 return text.encode()
-        if self.byte_fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-            try:
-                return bytes.fromhex(text[3:5])
-            except ValueError:
-                pass
+        if self.byte_fallback and (byte := _BYTE_TOKEN.fullmatch(text)):
+            return bytes.fromhex(byte[1])
         for old, new in self.replace:
             text = text.replace(old, new)
         return text.encode()
@@ -686,7 +690,11 @@ def _byte_level(vocabulary: _GgufVocabulary) -> tuple[tokenizers.Tokenizer, bool
 def _sentencepiece(vocabulary: _GgufVocabulary) -> tuple[tokenizers.Tokenizer, bool]:
     """SentencePiece BPE: pieces with scores, spaces written as U+2581, bytes for what has no piece."""
     scores = vocabulary.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.tokens):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(vocabulary.tokens)
+        or not all(isinstance(score, float) for score in scores)
+    ):
         raise InvalidModel("tokenizer.ggml.scores does not fit tokenizer.ggml.tokens")
     if vocabulary.flag("remove_extra_whitespaces", False):
         raise InvalidModel(

@@ -646,6 +646,11 @@ def test_templates_see_copies_and_no_python() -> None:
     for escape in ("messages.__class__", "messages[0].__class__.__mro__", "raise_exception.__globals__"):
         with contextlib.suppress(InvalidRequest):
             assert with_template("{{ " + escape + " }}").chat(messages) == ""
+    nested: Any = "deep"
+    for _ in range(900):
+        nested = [nested]
+    with pytest.raises(InvalidRequest, match="nested"):
+        smollm().chat([{"role": "user", "content": "hi", "extra": nested}])
     with pytest.raises(InvalidRequest, match="send JSON"):
         smollm().chat([{"role": "user", "content": object()}])
 
@@ -691,6 +696,31 @@ def test_gguf_refusals_name_what_is_unknown() -> None:
     ]:
         with pytest.raises(InvalidModel, match=message):
             Tokenizer.from_gguf(sound | change)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_broken_gguf_vocabularies(data: st.DataObject) -> None:
+    """Any value under any key: a tokenizer or InvalidModel, nothing else."""
+    vocab, merges = trained("gpt-2")
+    sound = data.draw(st.sampled_from([gguf_metadata("gpt-2", vocab, merges), spm_vocabulary(True)]))
+    broken = dict(sound)
+    values = st.one_of(
+        st.none(), st.booleans(), st.integers(-3, 2000), st.text(max_size=4), st.floats(),
+        st.lists(st.one_of(st.text(max_size=3), st.integers(-1, 7), st.floats()), max_size=5),
+    )  # fmt: skip
+    for key in data.draw(st.lists(st.sampled_from(sorted(sound)), max_size=2)):
+        value = sound[key]
+        if isinstance(value, list) and value and data.draw(st.booleans()):
+            value = list(value)
+            for _ in range(3):
+                value[data.draw(st.integers(0, len(value) - 1))] = data.draw(values)
+            broken[key] = value
+        else:
+            broken[key] = data.draw(values)
+    with contextlib.suppress(InvalidModel):
+        tokenizer = Tokenizer.from_gguf(broken)
+        tokenizer.decode(tokenizer.encode("Hello <s> \n 🙂"))
 
 
 def test_folder_refusals(tmp_path: Path) -> None:
