@@ -105,12 +105,12 @@ class LoraFormat:
         pairs = _pairs(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, base)
         low_rank = {}
         for pair in pairs:
-            b = tensors[pair.b].t().float() * pair.scale
-            if not bool(torch.isfinite(b).all()):
+            b = tensors[pair.b].to(torch.float32, copy=True).mul_(pair.scale)
+            if not all(math.isfinite(value.item()) for value in b.aminmax()):
                 raise InvalidAdapter(
                     f"tensor {pair.b} times its scale {pair.scale:g} is too large to compute with"
                 )
-            low_rank[pair.slot] = LowRank(tensors[pair.a], b.contiguous())
+            low_rank[pair.slot] = LowRank(tensors[pair.a], b.t().contiguous())
         return Lowered(low_rank)
 
 

@@ -130,7 +130,7 @@ class PeftFolder:
             self._file = None
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], str]:
-        """Read every tensor, and the blake2b-256 of all their bytes in file order.
+        """Read every tensor, and the sha256 of all their bytes in file order.
 
         The tensors share one buffer, owned by nobody else. Raises InvalidAdapter when the file
         changes meanwhile, or on NaN or Inf.
@@ -149,7 +149,7 @@ class PeftFolder:
         after = os.fstat(self._file)
         if done < len(view) or _stamp(after, after) != _stamp(self._stat, self._stat):
             raise InvalidAdapter(f"{self.path / TENSOR_FILE} changed while it was read: load it again")
-        content = hashlib.blake2b(view, digest_size=32).hexdigest()
+        content = hashlib.sha256(view).hexdigest()
         types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         tensors: dict[str, torch.Tensor] = {}
         for name, (begin, end) in self._offsets.items():
@@ -157,10 +157,13 @@ class PeftFolder:
             dtype, raw = types[header.dtype], data[begin:end]
             if begin % dtype.itemsize:
                 raw = raw.clone()  # the format does not promise alignment
-            tensor = raw.view(dtype).view(header.shape)
-            if not bool(torch.isfinite(tensor).all()):
+            tensors[name] = raw.view(dtype).view(header.shape)
+        kinds = {tensor.dtype for tensor in tensors.values()}
+        if len(kinds) == 1 and _finite(data.view(kinds.pop())):
+            return tensors, content  # one look at everything is far cheaper than hundreds
+        for name, tensor in tensors.items():
+            if not _finite(tensor):
                 raise InvalidAdapter(f"tensor {name} holds NaN or Inf: the training run diverged")
-            tensors[name] = tensor
         return tensors, content
 
     def _open(self, name: str) -> int:
@@ -282,6 +285,11 @@ def _hash(*parts: bytes) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """No NaN and no Inf (aminmax passes NaN on, and is many times faster than isfinite)."""
+    return not tensor.numel() or all(math.isfinite(value.item()) for value in tensor.aminmax())
 
 
 def _stamp(config: os.stat_result, tensors: os.stat_result) -> str:
