@@ -89,7 +89,8 @@ class Table:
         weight = tensors[f"{self.module}.weight"]
         # Models are trained with the scale in the weight's dtype (Gemma: sqrt(h) in bfloat16)
         scale = float(torch.tensor(self.scale).to(weight.dtype))
-        table = kernels.pack_embedding(weight.contiguous(), dtype)
+        # a copy even where the dtype is right: the file must not stay mapped behind the table
+        table = kernels.pack_embedding(weight.to(dtype, copy=True), dtype)
         return PackedTable(table, scale, weight.numel() * dtype.itemsize)
 
 

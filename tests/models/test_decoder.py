@@ -9,6 +9,8 @@ import torch
 import transformers
 from model_harness import Harness
 
+from chiliad.errors import InvalidConfig
+from chiliad.kernels import Kernels, load
 from chiliad.kernels.reference import ReferenceKernels
 from chiliad.models import load_decoder, open_source
 
@@ -103,10 +105,18 @@ def save(config: transformers.PretrainedConfig, folder: Path, **kwargs: object) 
     return model
 
 
+def kernels_or_skip(which: str) -> Kernels:
+    try:
+        return load(which, threads=1)
+    except InvalidConfig as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.parametrize("which", ["reference", "cpu"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers(case: str, which: str, tmp_path: Path) -> None:
     model = save(CASES[case], tmp_path)
-    kernels = ReferenceKernels()
+    kernels = kernels_or_skip(which)
     decoder, _ = load_decoder(open_source(str(tmp_path)), kernels, "float32")
     vocab = CASES[case].vocab_size
     prompts = torch.randint(0, vocab, (3, LENGTH), generator=torch.Generator().manual_seed(1))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from model_harness import Harness
 from safetensors.torch import load_file, save_file
 
@@ -236,6 +237,25 @@ def test_rounded_dtypes_stay_near_float32(llama: Path, dtype: str, tolerance: fl
     exact = logits(llama)
     error = (logits(llama, dtype) - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
     assert 0 < error < tolerance
+
+
+def test_int4_needs_groups_of_32(tmp_path: Path) -> None:
+    tiny_model(tmp_path, intermediate_size=80)
+    with pytest.raises(InvalidConfig, match=r"model.layers.0.mlp.down_proj has 80; use int8"):
+        load(tmp_path, "int4")
+
+
+def test_embedding_scale_is_rounded_to_the_dtype_of_the_checkpoint(tmp_path: Path) -> None:
+    """As in training: Gemma in bfloat16 multiplies by sqrt(h) in bfloat16."""
+    tiny_model(tmp_path, "gemma3_text", hidden_size=24, num_attention_heads=2, num_key_value_heads=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        edit_tensors(tmp_path, lambda t, d=dtype: t.update({n: v.to(d) for n, v in t.items()}))
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        expected = model.model.embed_tokens(torch.tensor(PROMPT)).float()
+        weight = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].float()
+        got = load(tmp_path).embed(torch.tensor(PROMPT), None)  # type: ignore[arg-type]
+        assert torch.allclose(got.to(dtype).float(), expected, rtol=1e-6)
+        assert torch.allclose(got / weight[PROMPT], torch.tensor(24**0.5).to(dtype).float(), rtol=1e-6)
 
 
 def test_nbytes_counts_what_the_dtype_stores(llama: Path) -> None:
