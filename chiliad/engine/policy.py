@@ -236,7 +236,7 @@ class FairShare(FirstCome):
         # outdated (too low) until the entry comes to the top.
         self._heap: list[tuple[float, str]] = []
         self._listed: set[str] = set()  # clients in the heap
-        self._floor = 0.0  # counter of the client that left the queue last
+        self._last = ""  # the client that left the queue last
 
     def client(self, sequence: Sequence) -> str:
         if not self._by_adapter:
@@ -250,8 +250,8 @@ class FairShare(FirstCome):
         client = self.client(sequence)
         queue = self._queues.get(client)
         if queue is None:
-            floor = self._least()
-            counter = max(self.counters.get(client, 0.0), self._floor if floor is None else floor)
+            least = self._least()
+            counter = max(self.counters.get(client, 0.0), self._floor if least is None else least)
             self.counters[client] = counter
             queue = self._queues[client] = []
             if client not in self._listed:
@@ -270,7 +270,7 @@ class FairShare(FirstCome):
         del queue[bisect_left(queue, (sequence.rank,))]
         if not queue:
             del self._queues[client]
-            self._floor = self.counters[client]
+            self._last = client
 
     def candidates(self, now: float, running: Collection[object]) -> Iterator[Sequence]:
         for _, sequence in self._resumed.copy():
@@ -305,7 +305,13 @@ class FairShare(FirstCome):
 
     def _charge(self, sequence: Sequence, cost: float) -> None:
         client = self.client(sequence)
-        self.counters[client] = self.counters.get(client, 0.0) + cost / self._weights.get(client, 1.0)
+        counter = self.counters.get(client, self._floor)
+        self.counters[client] = counter + cost / self._weights.get(client, 1.0)
+
+    @property
+    def _floor(self) -> float:
+        """Where a client starts while nobody waits."""
+        return self.counters.get(self._last, 0.0)
 
     def _least(self) -> float | None:
         """The least counter among waiting clients, whose entry is then the top of the heap."""
@@ -325,7 +331,7 @@ class FairShare(FirstCome):
         self.counters = {
             client: value
             for client, value in self.counters.items()
-            if client in self._queues or value > counter
+            if client in self._queues or value > counter or client == self._last
         }
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
+from scheduler_world import World, expected_output, request
 
 from chiliad.core import SequenceState
 from chiliad.engine.scheduler import MAX_OVERTAKEN
@@ -17,21 +15,12 @@ from chiliad.errors import (
     Overloaded,
 )
 from chiliad.memory.pool import Owner
-from tests.engine.fakes import World, expected_output, request
 
 
 def outputs_are_right(world: World) -> None:
     for sequences in world.done.values():
         for sequence in sequences:
             assert sequence.tokens == expected_output(sequence.request, sequence.index, sequence)
-
-
-def test_scheduler_needs_no_torch() -> None:
-    code = (
-        "import sys, chiliad.engine.scheduler, chiliad.engine.policy, chiliad.memory.prefix; "
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_an_empty_scheduler_plans_nothing() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from scheduler_world import World, expected_output, request
 
 from chiliad.core import Request
 from chiliad.engine.policy import Clustered, EarlyAbort, FairShare, FirstCome
@@ -21,7 +22,6 @@ from chiliad.errors import (
     Overloaded,
     Unavailable,
 )
-from tests.engine.fakes import World, expected_output, request
 
 ADAPTERS = {"tiny": 1, "small": 3, "other": 4, "big": 12, "broken": 5, "huge": 10_000}
 NAMES = st.sampled_from([(), (), *((name,) for name in ADAPTERS), ("small", "other"), ("tiny", "broken")])
