@@ -25,6 +25,7 @@ PRIORITY_SECONDS = 30.0  # the head start that one level of priority is worth
 MAX_PRIORITY = 10  # beyond it, levels are worth nothing more
 _WINDOW = 1024  # waiting requests that are looked through for adapters that already run
 _SKIPS = 16  # blocked requests of one client that are tried before the next client's turn
+_CLIENTS = 256  # clients tried in one plan
 
 
 class FirstCome:
@@ -94,9 +95,6 @@ class FirstCome:
 
     def produced(self, sequence: Sequence, now: float) -> None:
         """A running sequence got one more token (only if `metered`)."""
-
-    def loaded(self, sequence: Sequence, tokens: float) -> None:
-        """An adapter was fetched for this sequence; it takes the room of `tokens` tokens of KV."""
 
 
 class Clustered(FirstCome):
@@ -278,7 +276,7 @@ class FairShare(FirstCome):
         passed: dict[str, int] = {}  # by client: sequences that the scheduler skipped
         done: list[str] = []
         try:
-            while self._least() is not None:
+            while len(done) < _CLIENTS and self._least() is not None:
                 client = self._heap[0][1]
                 queue = self._queues[client]
                 at = passed.get(client, 0)
@@ -295,13 +293,10 @@ class FairShare(FirstCome):
                 heapq.heappush(self._heap, (self.counters[client], client))
 
     def admitted(self, sequence: Sequence, now: float) -> None:
-        self._charge(sequence, self.input_price * sequence.num_prompt)
+        self._charge(sequence, self.input_price * (sequence.num_prompt + sequence.fetched))
 
     def produced(self, sequence: Sequence, now: float) -> None:
         self._charge(sequence, self.output_price)
-
-    def loaded(self, sequence: Sequence, tokens: float) -> None:
-        self._charge(sequence, self.input_price * tokens)
 
     def _charge(self, sequence: Sequence, cost: float) -> None:
         client = self.client(sequence)

@@ -85,6 +85,7 @@ class Sequence:
     capacity: int = 0  # tokens that the table has room for
     retained: int = 0  # how many of its adapters, in their order, count it as a user
     missed: bool = False  # whether it has had to wait for an adapter
+    fetched: float = 0.0  # adapters loaded for it, as the number of tokens whose KV takes their room
     overtaken: int = 0  # sequences that passed it while it lacked pages
     preemptions: int = 0
     first_scheduled: float | None = None
@@ -317,6 +318,7 @@ class Scheduler:
             if sequence.adapter_key in blocked or sequence.state is not _WAITING:
                 continue
             due = position < _AHEAD and (ahead == 0 or ahead < self._pool.num_pages // 4)
+            due = due and len(self._loading) < _AHEAD
             state = self._fetch(sequence, due, forecast)
             if state == "resident":
                 if room and not self._awaits_sibling(sequence):
@@ -390,7 +392,7 @@ class Scheduler:
                         return "short"
                     self._residency.load(version)
                     self._loading.add(version)
-                    self.policy.loaded(sequence, pages / self._num_layers * self._block_tokens)
+                    sequence.fetched += pages / self._num_layers * self._block_tokens
             except OutOfMemory:
                 return "short"
             except ChiliadError as error:
