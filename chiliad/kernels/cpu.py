@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 import chiliad.kernels._core as _core
@@ -20,6 +21,8 @@ from chiliad.kernels.base import (
     LinearSpec,
     NormSpec,
     PackedLinear,
+    Sampled,
+    SampleBatch,
     Step,
     Tensor,
 )
@@ -222,3 +225,113 @@ class CpuKernels(ReferenceKernels):
             residual is not None,
         )
         return y
+
+    def pack_embedding(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return super().pack_embedding(weight, dtype).contiguous()
+
+    def embed(self, table: object, token_ids: Tensor, scale: float = 1.0) -> Tensor:
+        assert isinstance(table, torch.Tensor)
+        if token_ids.dtype != torch.int64 or token_ids.dim() != 1:
+            raise KernelError(f"token ids must be int64 [T], not {token_ids.dtype} {tuple(token_ids.shape)}")
+        if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
+            raise KernelError("an embedding table must be contiguous float32 or bfloat16: call pack_embedding")
+        ids = token_ids.contiguous()
+        vocab, hidden = table.shape
+        out = torch.empty(len(ids), hidden)
+        is_bf16 = table.dtype == torch.bfloat16
+        _core.embed(
+            self._core, table.data_ptr(), vocab, hidden, is_bf16, ids.data_ptr(), len(ids), scale, out.data_ptr()
+        )
+        return out
+
+    def _qkv(self, qkv: Tensor, step: Step, num_heads: int) -> KVLayout:
+        kv = self._layout
+        if kv is None:
+            raise KernelError("bind_arena comes before attention")
+        if step.native is None:
+            raise KernelError("the step was not prepared: call prepare_step")
+        if _rows(qkv, (num_heads + 2 * kv.num_kv_heads) * kv.head_dim, "qkv") != step.num_tokens:
+            raise KernelError(f"qkv has {qkv.shape[0]} rows, the step {step.num_tokens}")
+        return kv
+
+    def rope_kv(
+        self,
+        qkv: Tensor,
+        step: Step,
+        layer: int,
+        num_heads: int,
+        rope: tuple[Tensor, Tensor] | None,
+        q_norm: NormSpec | None = None,
+        k_norm: NormSpec | None = None,
+    ) -> None:
+        kv = self._qkv(qkv, step, num_heads)
+        tables = (0, 0, 0, 0)
+        if rope is not None:
+            cos, sin = rope
+            max_position, half = cos.shape
+            if sin.shape != cos.shape or _rows(sin, half, "sin") != _rows(cos, half, "cos"):
+                raise KernelError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ")
+            if 2 * half > kv.head_dim:
+                raise KernelError(f"rope of {2 * half} dimensions does not fit head_dim {kv.head_dim}")
+            tables = (cos.data_ptr(), sin.data_ptr(), half, max_position)
+        norms = (_NO_NORM if n is None else _norm(n, kv.head_dim) for n in (q_norm, k_norm))
+        q_args, k_args = norms
+        _core.rope_kv(
+            self._core, step.native, layer, qkv.data_ptr(), num_heads, *tables, *q_args, *k_args
+        )
+
+    def attention(
+        self, qkv: Tensor, step: Step, layer: int, num_heads: int, scale: float, window: int = 0
+    ) -> Tensor:
+        kv = self._qkv(qkv, step, num_heads)
+        out = torch.empty(step.num_tokens, num_heads * kv.head_dim)
+        _core.attention(
+            self._core, step.native, layer, qkv.data_ptr(), num_heads, scale, window, out.data_ptr()
+        )
+        return out
+
+    def sample(self, logits: Tensor, batch: SampleBatch) -> Sampled:
+        if logits.dim() != 2 or logits.shape[1] == 0:
+            raise KernelError(f"logits must be float32 [R, vocab], not {tuple(logits.shape)}")
+        vocab = logits.shape[1]
+        rows = _rows(logits, vocab, "logits")
+        wanted = np.minimum(batch.logprobs, vocab)
+        width = max(int(wanted.max(initial=0)), 0)
+        tokens, logprob = np.empty(rows, np.int32), np.empty(rows, np.float32)
+        top_ids, top_logprobs = np.empty((rows, width), np.int32), np.empty((rows, width), np.float32)
+        try:
+            _core.sample(
+                self._core,
+                logits.data_ptr(),
+                rows,
+                vocab,
+                batch.temperature,
+                batch.top_p,
+                batch.top_k,
+                batch.min_p,
+                batch.presence,
+                batch.frequency,
+                batch.repetition,
+                batch.uniform,
+                batch.prompt_tokens,
+                batch.output_tokens,
+                batch.bias,
+                batch.banned,
+                wanted,
+                tokens.ctypes.data,
+                logprob.ctypes.data,
+                top_ids.ctypes.data,
+                top_logprobs.ctypes.data,
+                width,
+            )
+        except (TypeError, RuntimeError) as bad:
+            raise KernelError(f"bad sample batch: {bad}") from bad
+        if width == 0:
+            return Sampled(tokens, logprob, list(top_ids), list(top_logprobs))
+        counts = np.maximum(wanted, 0).tolist()
+        return Sampled(
+            tokens,
+            logprob,
+            [ids[:k] for ids, k in zip(top_ids, counts, strict=True)],
+            [values[:k] for values, k in zip(top_logprobs, counts, strict=True)],
+        )

@@ -144,4 +144,5 @@ NB_MODULE(_core, m) {
            nb::arg("page_tables"), nb::arg("segments"));
   register_ceilings(m);
   register_linear(m);
+  register_attention(m);
 }

@@ -10,6 +10,6 @@ namespace chiliad {
 // One line per bind_*.cpp; bind.cpp calls them.
 void register_ceilings(nanobind::module_& m);
 void register_linear(nanobind::module_& m);
-// void register_attention(nanobind::module_& m);
+void register_attention(nanobind::module_& m);
 
 }  // namespace chiliad

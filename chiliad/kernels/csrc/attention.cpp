@@ -1,0 +1,158 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "twins.h"
+
+namespace chiliad {
+
+CHILIAD_TWINS(AttentionOps, attention_ops)
+CHILIAD_TWINS(RopeOps, rope_ops)
+
+namespace {
+
+// Pages and positions of the step fit the arena and its tables, in this layer.
+void check(const Kernels& kernels, const Step& step, int layer, int num_heads) {
+  const Arena& arena = kernels.arena;
+  if (arena.data == nullptr) throw KernelError("bind_arena comes before attention");
+  if (layer < 0 || layer >= arena.num_layers) throw KernelError("layer " + std::to_string(layer) + " is not in the KV layout");
+  if (num_heads <= 0 || num_heads % arena.num_kv_heads) throw KernelError("num_heads must be a multiple of num_kv_heads");
+  if (arena.kv_dtype == DType::bfloat16 && arena.head_dim % 2) throw KernelError("bfloat16 KV needs an even head_dim");
+  const std::int64_t num_pages = arena.bytes / arena.page_bytes;
+  for (int i = 0; i < step.num_sequences; ++i) {
+    const int rows = step.row_start[i + 1] - step.row_start[i], context = step.context[i];
+    const int blocks = (context + arena.block_tokens - 1) / arena.block_tokens;
+    if (rows > context || blocks > step.num_blocks[i] || step.positions[step.row_start[i]] != context - rows)
+      throw KernelError("sequence " + std::to_string(i) + ": context, positions and page table do not fit");
+    for (int b = 0; b < blocks; ++b) {
+      const std::int64_t page = step.page_tables[i][std::int64_t{b} * arena.num_layers + layer];
+      if (page < 0 || page >= num_pages) throw KernelError("page " + std::to_string(page) + " is not in the arena");
+    }
+  }
+}
+
+}  // namespace
+
+void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
+               int window, float* out) {
+  check(kernels, step, layer, num_heads);
+  const Arena& arena = kernels.arena;
+  const AttentionOps& ops = attention_ops(kernels.isa);
+  const int block = arena.block_tokens, head_dim = arena.head_dim, group = num_heads / arena.num_kv_heads;
+  AttentionCall call{};
+  call.q = qkv;
+  call.q_stride = (std::int64_t{num_heads} + 2 * arena.num_kv_heads) * head_dim;
+  call.out = out;
+  call.arena = arena.data;
+  call.page_bytes = arena.page_bytes;
+  call.table_stride = arena.num_layers;
+  call.num_heads = num_heads;
+  call.num_kv_heads = arena.num_kv_heads;
+  call.head_dim = head_dim;
+  call.block_tokens = block;
+  call.bfloat16 = arena.kv_dtype == DType::bfloat16;
+  call.scale = scale;
+  call.window = window;
+  call.span = std::min(block, kStepTokens);
+  while (block % call.span || call.span % 16) call.span -= 1;
+  call.step = kStepTokens / call.span * call.span;
+  call.split = std::max(512 / call.step, 1) * call.step;
+
+  static thread_local std::vector<AttentionTile> tiles, parts;  // whole tiles; splits of long ones
+  static thread_local std::vector<int> first_part;              // of each tile in `long_tiles`
+  static thread_local std::vector<AttentionTile> long_tiles;
+  tiles.clear(), parts.clear(), long_tiles.clear(), first_part.clear();
+  for (int i = 0; i < step.num_sequences; ++i) {
+    const int rows = step.row_start[i + 1] - step.row_start[i], start = step.context[i] - rows;
+    for (int head = 0; head < arena.num_kv_heads; ++head)
+      for (int flat = 0; flat < rows * group; flat += kTileRows) {
+        AttentionTile tile{step.page_tables[i] + layer, step.row_start[i], start, head, flat,
+                           std::min(flat + kTileRows, rows * group), 0, 0};
+        const int low = window > 0 ? std::max(start + tile.begin / group - window + 1, 0) : 0;
+        tile.first_split = low / call.split;
+        tile.last_split = (start + (tile.end - 1) / group) / call.split + 1;
+        tiles.push_back(tile);
+      }
+  }
+  const int workers = kernels.threads.size();
+  // Too few tiles to keep every thread busy: hand out the splits of the long ones.
+  if (workers > 1 && static_cast<int>(tiles.size()) < 4 * workers) {
+    std::vector<AttentionTile> whole;
+    for (const AttentionTile& tile : tiles) {
+      if (tile.last_split - tile.first_split < 2) {
+        whole.push_back(tile);
+        continue;
+      }
+      long_tiles.push_back(tile);
+      first_part.push_back(static_cast<int>(parts.size()));
+      for (int split = tile.first_split; split < tile.last_split; ++split) {
+        parts.push_back(tile);
+        parts.back().first_split = split;
+        parts.back().last_split = split + 1;
+      }
+    }
+    tiles.swap(whole);
+  }
+
+  const std::int64_t state = state_floats(head_dim), each = (ops.scratch_floats(head_dim) + 31) / 32 * 32;
+  const std::int64_t floats = each * workers + state * static_cast<std::int64_t>(parts.size());
+  float* scratch = reinterpret_cast<float*>(kernels.scratch(kAttentionScratch, sizeof(float) * floats));
+  float* partial = scratch + each * workers;
+  ThreadPool& threads = kernels.threads;
+  const int num_parts = static_cast<int>(parts.size()), num_tiles = static_cast<int>(tiles.size());
+  const AttentionTile *part_at = parts.data(), *tile_at = tiles.data(), *long_at = long_tiles.data();
+  const int* first_at = first_part.data();
+  threads.share(0, num_parts + num_tiles);
+  threads.share(1, static_cast<int>(long_tiles.size()));
+  threads.run([&, each, num_parts](int worker) {
+    float* mine = scratch + each * worker;
+    for (int i; (i = threads.next(0, worker)) >= 0;) {
+      if (i < num_parts)
+        ops.tile(call, part_at[i], mine, partial + state * i);
+      else
+        ops.tile(call, tile_at[i - num_parts], mine, nullptr);
+    }
+    if (num_parts == 0) return;
+    threads.barrier();
+    for (int i; (i = threads.next(1, worker)) >= 0;)
+      ops.merge(call, long_at[i], mine, partial + state * first_at[i]);
+  });
+}
+
+void rope_kv(Kernels& kernels, const Step& step, int layer, RopeCall call, std::int64_t max_position) {
+  check(kernels, step, layer, call.num_heads);
+  const Arena& arena = kernels.arena;
+  const RopeOps& ops = rope_ops(kernels.isa);
+  call.arena = arena.data;
+  call.page_bytes = arena.page_bytes;
+  call.num_kv_heads = arena.num_kv_heads;
+  call.head_dim = arena.head_dim;
+  call.block_tokens = arena.block_tokens;
+  call.bfloat16 = arena.kv_dtype == DType::bfloat16;
+  static thread_local std::vector<RopeItem> items;
+  items.clear();
+  for (int i = 0; i < step.num_sequences; ++i) {
+    if (call.cos != nullptr && step.context[i] > max_position)
+      throw KernelError("position " + std::to_string(step.context[i] - 1) + " is beyond the rope table");
+    int row = step.row_start[i];
+    const int stop = step.row_start[i + 1];
+    int position = step.context[i] - (stop - row);
+    while (row < stop) {
+      const int in_page = std::min(stop - row, arena.block_tokens - position % arena.block_tokens);
+      items.push_back({row, row + in_page, position,
+                       step.page_tables[i][std::int64_t{position / arena.block_tokens} * arena.num_layers + layer]});
+      row += in_page;
+      position += in_page;
+    }
+  }
+  ThreadPool& threads = kernels.threads;
+  const RopeItem* at = items.data();
+  threads.share(0, static_cast<int>(items.size()));
+  threads.run([&](int worker) {
+    for (int i; (i = threads.next(0, worker)) >= 0;) ops.item(call, at[i]);
+  });
+}
+
+}  // namespace chiliad

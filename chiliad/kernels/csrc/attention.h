@@ -1,0 +1,82 @@
+// Paged causal attention and the KV writes before it. attention.inl holds the arithmetic, once
+// per instruction set; attention.cpp cuts a step into items and hands them to the threads.
+#pragma once
+
+#include <cstdint>
+
+#include "batch.h"
+#include "kernels.h"
+#include "linear.h"
+
+namespace chiliad {
+
+// One call, as the arithmetic sees it. Query rows of one sequence and one KV head are counted
+// "flat": row * group + head in group, so that a tile serves prefill rows and GQA groups alike.
+struct AttentionCall {
+  const float* q;        // [T, q_stride]: the rows' q heads come first
+  std::int64_t q_stride;
+  float* out;            // [T, num_heads * head_dim]
+  const std::uint8_t* arena;
+  std::int64_t page_bytes, table_stride;  // table_stride: int32s from one block to the next
+  int num_heads, num_kv_heads, head_dim, block_tokens;
+  bool bfloat16;
+  float scale;
+  int window;            // 0: none
+  int span;              // tokens of a page that are always taken together
+  int step;              // tokens per round of the online softmax: a multiple of span
+  int split;             // tokens after which a fresh state starts: a multiple of step
+};
+
+// Flat rows [begin, end), at most kTileRows, of one sequence and KV head.
+struct AttentionTile {
+  const std::int32_t* table;  // page of block 0 in this layer
+  int row;                    // the sequence's first row in the step
+  int position;               // and its position
+  int kv_head, begin, end;
+  int first_split, last_split;  // which parts of the context: [first, last)
+};
+
+constexpr int kTileRows = 32;
+constexpr int kStepTokens = 128;
+
+constexpr int kAttentionScratch = 6;  // index into Kernels::scratch
+
+struct AttentionOps {
+  // Floats of scratch that `tile` and `merge` need.
+  std::int64_t (*scratch_floats)(int head_dim);
+  // All of the tile's splits; the result goes to call.out, or, if `partial` is not null, split i
+  // goes to partial + (i - first_split) * state_floats(head_dim).
+  void (*tile)(const AttentionCall&, const AttentionTile&, float* scratch, float* partial);
+  // Combine `partial` of every split in order and write call.out.
+  void (*merge)(const AttentionCall&, const AttentionTile&, float* scratch, const float* partial);
+};
+
+// A tile's softmax state: maximum and sum per row, then the weighted values per row.
+constexpr std::int64_t state_floats(int head_dim) { return std::int64_t{kTileRows} * (head_dim + 2); }
+
+struct RopeCall {
+  float* qkv;            // [T, (num_heads + 2 * num_kv_heads) * head_dim]
+  const float *cos, *sin;  // [max_position, rotary / 2], null: no rotation
+  int half;              // rotary_dim / 2
+  Norm q_norm, k_norm;     // per head, weights [head_dim]
+  std::uint8_t* arena;
+  std::int64_t page_bytes;
+  int num_heads, num_kv_heads, head_dim, block_tokens;
+  bool bfloat16;
+};
+
+// Rows [begin, end) of the step, all in one page.
+struct RopeItem {
+  int begin, end, position;
+  std::int32_t page;
+};
+
+struct RopeOps {
+  void (*item)(const RopeCall&, const RopeItem&);
+};
+
+void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
+               int window, float* out);
+void rope_kv(Kernels& kernels, const Step& step, int layer, RopeCall call, std::int64_t max_position);
+
+}  // namespace chiliad

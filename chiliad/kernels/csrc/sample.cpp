@@ -1,0 +1,262 @@
+#include "sample.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "twins.h"
+
+namespace chiliad {
+
+CHILIAD_TWINS(SampleOps, sample_ops)
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// More likely first, ties by id.
+bool before(const Candidate& a, const Candidate& b) { return a.y > b.y || (a.y == b.y && a.id < b.id); }
+
+double total_weight(const Candidate* at, int count) {
+  double sum = 0;
+  for (int i = 0; i < count; ++i) sum += at[i].weight;
+  return sum;
+}
+
+// Of candidates taken in order until their summed weight reaches `target` (exceeds it, if
+// `beyond`): bring them to the front, the last of them last, and return how many; 0 if all of
+// them do not reach it. Halving by nth_element: linear in count.
+int reach(Candidate* at, int count, double target, bool beyond) {
+  const auto reached = [&](double sum) { return beyond ? sum > target : sum >= target; };
+  double sum = 0;  // weight of [0, low), all of them before [low, high)
+  int low = 0, high = count;
+  while (high - low > 32) {
+    const int middle = low + (high - low) / 2;
+    std::nth_element(at + low, at + middle, at + high, before);
+    const double half = total_weight(at + low, middle - low);
+    if (reached(sum + half)) {
+      high = middle;
+    } else {
+      sum += half;
+      low = middle;
+    }
+  }
+  std::sort(at + low, at + high, before);
+  for (int i = low; i < high; ++i)
+    if (reached(sum += at[i].weight)) return i + 1;
+  return 0;
+}
+
+struct Touched {  // a logit before it was adjusted
+  std::int32_t id;
+  float before;
+};
+
+// The work on one row. `candidates` has room for the vocabulary, `tops` for its chunks, twice;
+// `counts` [vocab] is all zero before and after.
+class Row {
+ public:
+  Row(const SampleOps& ops, float* x, int vocab, const SampleRow& row, Candidate* candidates, float* tops,
+      std::int32_t* counts, Touched* touched)
+      : ops_(ops), x_(x), vocab_(vocab), row_(row), at_(candidates), tops_(tops), counts_(counts), touched_(touched) {}
+
+  void run(std::int32_t* token, float* logprob, std::int32_t* top_ids, float* top_logprobs) {
+    double log_sum = 0;
+    float raw_peak = 0;
+    if (row_.logprobs >= 0) {
+      look();
+      raw_peak = peak_;
+      log_sum = std::log(ops_.mass(x_, vocab_, peak_, 1.0f));
+      best(top_ids, top_logprobs, raw_peak, static_cast<float>(log_sum));
+    }
+    const bool changed = adjust();
+    if (changed || row_.logprobs < 0) look();
+    *token = nan_ || row_.temperature == 0 || !std::isfinite(peak_ / row_.temperature) ? argmax() : draw();
+    restore();
+    *logprob = row_.logprobs >= 0 ? x_[*token] - raw_peak - static_cast<float>(log_sum) : 0.0f;
+  }
+
+ private:
+  void look() { peak_ = ops_.peak(x_, vocab_, tops_, &nan_); }
+
+  // The first of the largest; a NaN counts as larger than any number, as in torch.
+  std::int32_t argmax() const {
+    if (nan_) return static_cast<std::int32_t>(std::find_if(x_, x_ + vocab_, [](float v) { return v != v; }) - x_);
+    int chunk = 0;
+    while (tops_[chunk] != peak_) ++chunk;
+    return static_cast<std::int32_t>(std::find(x_ + chunk * kChunk, x_ + vocab_, peak_) - x_);
+  }
+
+  // A limit that at least `wanted` logits reach, in a few microseconds: the chunks' largest do.
+  float limit_for(int wanted) {
+    const int chunks = (vocab_ + kChunk - 1) / kChunk;
+    if (wanted > chunks) return -kInfinity;
+    float* sorted = tops_ + chunks;
+    std::copy(tops_, tops_ + chunks, sorted);
+    std::nth_element(sorted, sorted + wanted - 1, sorted + chunks, std::greater<float>());
+    const float limit = sorted[wanted - 1];
+    return limit - std::max(std::abs(limit) * 1e-6f, 1e-30f);  // logits that tie after division by the temperature
+  }
+
+  void best(std::int32_t* ids, float* logprobs, float raw_peak, float log_sum) {
+    const int k = std::min(row_.logprobs, vocab_);
+    if (k == 0) return;
+    const int count = ops_.collect(x_, vocab_, tops_, limit_for(k), at_);
+    for (int i = 0; i < count; ++i) at_[i].y = x_[at_[i].id] - raw_peak - log_sum;
+    const int found = std::min(k, count);  // fewer only if the row holds NaN
+    std::partial_sort(at_, at_ + found, at_ + count, before);
+    for (int i = 0; i < k; ++i) {
+      ids[i] = i < found ? at_[i].id : 0;
+      logprobs[i] = i < found ? at_[i].y : std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+
+  // Penalties, bias and bans, in place; what was there is kept in `touched_`.
+  bool adjust() {
+    constexpr std::int32_t kSeen = 1 << 30;
+    const bool repetition = row_.repetition != 1.0f;
+    const auto touch = [&](std::int32_t id) { touched_[num_touched_++] = {id, x_[id]}; };
+    for (std::int64_t i = 0; i < row_.output.count; ++i) {
+      const std::int32_t id = row_.output.at[i];
+      if (counts_[id]++ == 0) touch(id);
+    }
+    if (repetition)
+      for (std::int64_t i = 0; i < row_.prompt.count; ++i) {
+        const std::int32_t id = row_.prompt.at[i];
+        if (counts_[id] == 0) touch(id), counts_[id] = kSeen;
+      }
+    for (int i = 0; i < num_touched_; ++i) {
+      const std::int32_t id = touched_[i].id;
+      float& x = x_[id];
+      if (repetition) x = x > 0 ? x / row_.repetition : x * row_.repetition;
+      if (const std::int32_t count = counts_[id] & ~kSeen; count > 0) {
+        const float penalty = row_.frequency * static_cast<float>(count) + row_.presence;
+        x -= penalty;
+      }
+      counts_[id] = 0;
+    }
+    for (std::int64_t i = 0; i < row_.bias_ids.count; ++i) {
+      const std::int32_t id = row_.bias_ids.at[i];
+      touch(id);
+      x_[id] += row_.bias[i];
+    }
+    for (std::int64_t i = 0; i < row_.banned.count; ++i) {
+      const std::int32_t id = row_.banned.at[i];
+      touch(id);
+      x_[id] = -kInfinity;
+    }
+    return num_touched_ > 0;
+  }
+
+  void restore() {
+    while (num_touched_ > 0) {
+      --num_touched_;
+      x_[touched_[num_touched_].id] = touched_[num_touched_].before;
+    }
+  }
+
+  // Candidates with x >= limit, with y and weight; those that may tie with a missing one are dropped.
+  int gather(float limit) {
+    const float t = row_.temperature, lowest = limit / t, top = peak_ / t;
+    const int found = ops_.collect(x_, vocab_, tops_, limit, at_);
+    int count = 0;
+    for (int i = 0; i < found; ++i) {
+      const std::int32_t id = at_[i].id;
+      const float y = x_[id] / t;
+      if (y > lowest) at_[count++] = {y, id, std::exp(static_cast<double>(y) - top)};
+    }
+    return count;
+  }
+
+  std::int32_t draw() {
+    const double top_p = row_.top_p, min_p = row_.min_p;
+    const bool nucleus = row_.top_p < 1, floor = row_.min_p > 0;
+    if (row_.top_k > 0 && row_.top_k < vocab_) {
+      int count = gather(limit_for(row_.top_k));
+      if (count > row_.top_k) {
+        std::nth_element(at_, at_ + row_.top_k, at_ + count, before);
+        count = row_.top_k;
+      }
+      return choose(count, total_weight(at_, count), nucleus ? top_p : 1.0, floor ? min_p : 0.0);
+    }
+    // Weight of the whole row; with min_p alone only what it keeps counts.
+    const double total = nucleus || !floor ? ops_.mass(x_, vocab_, peak_, 1.0f / row_.temperature) : 0;
+    const double wanted = (nucleus ? top_p : row_.uniform) * total * (1 + 1e-6);
+    const double last = floor ? -std::log(min_p) + 1e-3 : kInfinity;  // nats below the top that can matter
+    for (double depth = floor && !nucleus ? last : 4;; depth *= 2) {
+      const bool all = depth >= last || depth > 100;
+      if (all) depth = last;
+      const int count = gather(static_cast<float>(peak_ - depth * row_.temperature));
+      const double have = total_weight(at_, count);
+      if (!all && have <= wanted) continue;
+      if (floor && !nucleus) return choose(count, have, 1.0, min_p);
+      return choose(count, total, nucleus ? top_p : 1.0, floor ? min_p : 0.0);
+    }
+  }
+
+  // Top-p of `total`, then min-p, then the draw, over `count` candidates in any order.
+  std::int32_t choose(int count, double total, double top_p, double min_p) {
+    if (top_p < 1) {
+      if (const int kept = reach(at_, count, top_p * total, false)) count = kept;
+      total = 0;  // of what is kept
+    }
+    if (min_p > 0) {
+      count = static_cast<int>(std::partition(at_, at_ + count, [&](const Candidate& c) { return c.weight >= min_p; }) - at_);
+      total = 0;
+    }
+    if (total == 0) total = total_weight(at_, count);
+    if (count == 0) return argmax();  // a floor above 1
+    if (const int last = reach(at_, count, row_.uniform * total, true)) return at_[last - 1].id;
+    // rounding left the draw beyond the sum: the least likely token that is possible at all
+    const Candidate* least = at_;
+    for (int i = 1; i < count; ++i)
+      if (at_[i].weight > 0 && before(*least, at_[i])) least = at_ + i;
+    return least->id;
+  }
+
+  const SampleOps& ops_;
+  float* x_;
+  const int vocab_;
+  const SampleRow& row_;
+  Candidate* at_;
+  float* tops_;
+  std::int32_t* counts_;
+  float peak_ = 0;
+  bool nan_ = false;
+  Touched* touched_;
+  int num_touched_ = 0;
+};
+
+void check(Ids ids, int vocab) {
+  for (std::int64_t i = 0; i < ids.count; ++i)
+    if (ids.at[i] < 0 || ids.at[i] >= vocab)
+      throw KernelError("token id " + std::to_string(ids.at[i]) + " is outside the vocabulary of " + std::to_string(vocab));
+}
+
+}  // namespace
+
+void sample(Kernels& kernels, float* logits, int vocab, const std::vector<SampleRow>& rows, std::int32_t* tokens,
+            float* logprob, std::int32_t* top_ids, float* top_logprobs, int top_width) {
+  for (const SampleRow& row : rows)
+    for (const Ids ids : {row.prompt, row.output, row.bias_ids, row.banned}) check(ids, vocab);
+  ThreadPool& threads = kernels.threads;
+  const SampleOps& ops = sample_ops(kernels.isa);
+  const std::size_t chunks = (static_cast<std::size_t>(vocab) + kChunk - 1) / kChunk;
+  std::int64_t most = vocab;  // touched logits: each id once, and again where biased or banned
+  for (const SampleRow& row : rows) most = std::max(most, vocab + row.bias_ids.count + row.banned.count);
+  const std::size_t touched_at = vocab * sizeof(Candidate), tops_at = touched_at + most * sizeof(Touched);
+  const std::size_t each = (tops_at + 2 * chunks * sizeof(float) + 63) / 64 * 64;
+  std::byte* scratch = kernels.scratch(kSampleScratch, each * threads.size());
+  std::byte* counts = kernels.scratch(kCountScratch, sizeof(std::int32_t) * vocab * threads.size());
+  threads.share(0, static_cast<int>(rows.size()));
+  threads.run([&](int worker) {
+    std::byte* mine = scratch + each * worker;
+    std::int32_t* seen = reinterpret_cast<std::int32_t*>(counts) + std::int64_t{vocab} * worker;
+    for (int i; (i = threads.next(0, worker)) >= 0;)
+      Row(ops, logits + std::int64_t{i} * vocab, vocab, rows[i], reinterpret_cast<Candidate*>(mine),
+          reinterpret_cast<float*>(mine + tops_at), seen, reinterpret_cast<Touched*>(mine + touched_at))
+          .run(tokens + i, logprob + i, top_ids + std::int64_t{i} * top_width, top_logprobs + std::int64_t{i} * top_width);
+  });
+}
+
+}  // namespace chiliad

@@ -1,0 +1,65 @@
+// The passes over a whole row of logits; everything after them sees few candidates.
+#include "lanes.h"
+#include "sample.h"
+#include "twins.h"
+
+namespace chiliad {
+namespace {
+
+float peak(const float* x, int n, float* tops, bool* nan) {
+  float best = -__builtin_inff();
+  NaNs seen;
+  bool odd = false;
+  for (int begin = 0; begin < n; begin += kChunk) {
+    const int end = begin + kChunk < n ? begin + kChunk : n;
+    Vec most = vset(-__builtin_inff());
+    int i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+      const Vec a = vload(x + i);
+      most = vmax(a, most);
+      seen.add(a);
+    }
+    float largest = vtop(most);
+    for (; i < end; ++i) {
+      largest = x[i] > largest ? x[i] : largest;
+      odd |= x[i] != x[i];
+    }
+    tops[begin / kChunk] = largest;
+    best = largest > best ? largest : best;
+  }
+  *nan = odd || seen.any();
+  return best;
+}
+
+double mass(const float* x, int n, float peak, float rate) {
+  double total = 0;
+  const float factor = rate * 1.44269504088896341f;
+  for (int begin = 0; begin < n; begin += kChunk) {
+    const int end = begin + kChunk < n ? begin + kChunk : n;
+    Vec added = vset(0.0f);
+    int i = begin;
+    for (; i + kLanes <= end; i += kLanes) added = added + vexp2_below((vload(x + i) - vset(peak)) * vset(factor));
+    total += vsum(added);
+    for (; i < end; ++i) total += exp2_below((x[i] - peak) * factor);
+  }
+  return total;
+}
+
+int collect(const float* x, int n, const float* tops, float limit, Candidate* to) {
+  int count = 0;
+  for (int begin = 0; begin < n; begin += kChunk) {
+    if (tops[begin / kChunk] < limit) continue;
+    const int end = begin + kChunk < n ? begin + kChunk : n;
+    for (int i = begin; i < end; ++i) {
+      to[count].id = i;
+      count += x[i] >= limit;
+    }
+  }
+  return count;
+}
+
+}  // namespace
+
+extern const SampleOps CHILIAD_TWIN(sample_ops) = {peak, mass, collect};
+
+}  // namespace chiliad
