@@ -21,8 +21,8 @@ from chiliad.kernels.base import (
     LinearSpec,
     NormSpec,
     PackedLinear,
-    Sampled,
     SampleBatch,
+    Sampled,
     Step,
     Tensor,
 )
@@ -234,13 +234,20 @@ class CpuKernels(ReferenceKernels):
         if token_ids.dtype != torch.int64 or token_ids.dim() != 1:
             raise KernelError(f"token ids must be int64 [T], not {token_ids.dtype} {tuple(token_ids.shape)}")
         if table.dtype not in (torch.float32, torch.bfloat16) or not table.is_contiguous():
-            raise KernelError("an embedding table must be contiguous float32 or bfloat16: call pack_embedding")
+            raise KernelError("an embedding table is contiguous float32 or bfloat16: call pack_embedding")
         ids = token_ids.contiguous()
         vocab, hidden = table.shape
         out = torch.empty(len(ids), hidden)
-        is_bf16 = table.dtype == torch.bfloat16
         _core.embed(
-            self._core, table.data_ptr(), vocab, hidden, is_bf16, ids.data_ptr(), len(ids), scale, out.data_ptr()
+            self._core,
+            table.data_ptr(),
+            vocab,
+            hidden,
+            table.dtype == torch.bfloat16,
+            ids.data_ptr(),
+            len(ids),
+            scale,
+            out.data_ptr(),
         )
         return out
 
@@ -276,9 +283,7 @@ class CpuKernels(ReferenceKernels):
             tables = (cos.data_ptr(), sin.data_ptr(), half, max_position)
         norms = (_NO_NORM if n is None else _norm(n, kv.head_dim) for n in (q_norm, k_norm))
         q_args, k_args = norms
-        _core.rope_kv(
-            self._core, step.native, layer, qkv.data_ptr(), num_heads, *tables, *q_args, *k_args
-        )
+        _core.rope_kv(self._core, step.native, layer, qkv.data_ptr(), num_heads, *tables, *q_args, *k_args)
 
     def attention(
         self, qkv: Tensor, step: Step, layer: int, num_heads: int, scale: float, window: int = 0
