@@ -28,6 +28,7 @@ from chiliad.errors import (
     AdapterError,
     ChiliadError,
     ContextLengthExceeded,
+    InvalidRequest,
     OutOfMemory,
     Overloaded,
     Unavailable,
@@ -155,10 +156,12 @@ class Scheduler:
         """Queue a request as `params.n` sequences.
 
         Raises ContextLengthExceeded when it can never fit the model or the pool, Overloaded when
-        the queue is full.
+        the queue is full, InvalidRequest when a request of this id is alive.
         """
         now = self._clock()
         prompt, params = request.prompt, request.params
+        if request.id in self._requests:
+            raise InvalidRequest(f"request id {request.id!r} is in use: choose another", param="id")
         total = len(prompt) + params.max_tokens
         if total > self.max_model_len:
             raise ContextLengthExceeded(

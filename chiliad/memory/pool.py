@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Protocol
 
 import numpy as np
@@ -195,9 +196,9 @@ class PagePool:
         _law(bool(((self._refs > 0) == (self._owner != Owner.FREE)).all()), "references disagree with owners")
         _law(self.counters.allocated - self.counters.freed == self.num_pages - self._free, "counters drifted")
         for owner, arrays in (held or {}).items():
-            count_by_page = np.zeros(self.num_pages, np.int64)
-            for pages in arrays:
-                np.add.at(count_by_page, pages, 1)
+            lists = [np.asarray(pages).reshape(-1) for pages in arrays]
+            flat = np.concatenate(lists) if lists else np.empty(0, np.int32)
+            count_by_page = np.bincount(flat, minlength=self.num_pages)
             expected = np.where(self._owner == owner, self._refs, 0)
             wrong = np.flatnonzero(count_by_page != expected)
             if len(wrong):
@@ -211,17 +212,18 @@ class PagePool:
         """Evict until `alloc(n, owner)` succeeds, or raise OutOfMemory before evicting anything."""
         if n > self.available(owner):
             raise self._refusal(n, owner)
-        while self._used[owner] + n > self._limit[owner] or n > self._free:
-            only = owner if self._used[owner] + n > self._limit[owner] else None
-            worst: Evictable | None = None
-            least = float("inf")
-            for evictable, whose in self._evictables:
-                worth = evictable.coldest() if only is None or whose is only else None
-                if worth is not None and worth <= least:
-                    worst, least = evictable, worth
-            freed = 0 if worst is None else worst.evict()
+        # Asking for the coldest item may cost a cache a look at all its items, so each is asked
+        # once, and again only after it has lost one.
+        worths = [evictable.coldest() for evictable, _ in self._evictables]
+        while (over := self._used[owner] + n > self._limit[owner]) or n > self._free:
+            coldest, least = -1, inf
+            for i, worth in enumerate(worths):
+                if worth is not None and worth <= least and not (over and self._evictables[i][1] != owner):
+                    coldest, least = i, worth
+            freed = self._evictables[coldest][0].evict() if coldest >= 0 else 0
             if freed == 0:  # a cache promised more (evictable_pages) than it gave
                 raise self._refusal(n, owner)
+            worths[coldest] = self._evictables[coldest][0].coldest()
             self.counters.evicted += freed
             self.counters.evictions += 1
 

@@ -140,9 +140,8 @@ class PrefixCache:
         idle = [block for block in self._blocks.values() if block.users == 0]
         assert {id(b) for b in idle} == {id(b) for b in self._idle.values()}, "idle blocks and users disagree"
         assert self._idle_pages == sum(len(block.pages) for block in idle), "idle pages drifted"
-        for key, block in self._blocks.items():
-            assert block.key == key
-            counts = self._pool.references(block.pages)
-            assert (counts == block.users + 1).all(), (
-                f"{counts} references, {block.users} users and the cache"
-            )
+        assert all(block.key == key for key, block in self._blocks.items()), "a block lies under another key"
+        if self._blocks:
+            pages = np.stack([block.pages for block in self._blocks.values()])
+            users = np.array([block.users for block in self._blocks.values()])
+            assert (self._pool.references(pages) == users[:, None] + 1).all(), "references and users disagree"

@@ -11,6 +11,7 @@ from chiliad.errors import (
     AdapterTooLarge,
     ContextLengthExceeded,
     InvalidAdapter,
+    InvalidRequest,
     OutOfMemory,
     Overloaded,
 )
@@ -266,6 +267,16 @@ def test_requests_that_can_never_fit_are_refused() -> None:
     world.add(request(30, 10))
     world.run()
     world.assert_empty()
+
+
+def test_an_id_in_use_is_refused() -> None:
+    world = World()
+    world.add(request(4, 2, id="same"))
+    with pytest.raises(InvalidRequest, match="'same' is in use"):
+        world.scheduler.add(request(4, 2, id="same"))
+    world.run()
+    world.add(request(4, 2, id="same"))
+    world.run()
 
 
 def test_a_full_queue_answers_overloaded() -> None:

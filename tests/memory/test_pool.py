@@ -134,7 +134,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 
 
 def test_young_pool_gives_low_pages_in_order_and_reuses_them() -> None:
