@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,11 +16,13 @@ from chiliad.serve.app import create_app
 from chiliad.serve.service import Service
 from chiliad.testing import base_info, tiny_config, tiny_model, write_random_adapter
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # bad_adapters
+
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    tiny_model(folder)
+    tiny_model(folder, _name_or_path="org/tiny", max_position_embeddings=4096)
     return folder
 
 
