@@ -12,7 +12,7 @@ from chiliad.errors import InvalidModel
 from chiliad.models import Arch
 from chiliad.models.layers import rope_table
 from chiliad.models.weights import _DECODERS, Decoder
-from chiliad.testing import SMOLLM2, base_info, tiny_config
+from chiliad.testing import base_info, tiny_config
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2"]
 
@@ -196,7 +196,122 @@ def test_rope_tables_equal_transformers(name: str) -> None:
         assert (got - want[0, :, :64]).abs().max() < positions * 2**-23 * 2
 
 
-def test_smollm2_is_135_million() -> None:
-    config = dict(SMOLLM2) | {"max_position_embeddings": 8192, "tie_word_embeddings": True}
-    shapes = Decoder.blueprint(Arch.from_config(config)).shapes()
-    assert sum(math.prod(shape) for shape in shapes.values()) == 134_515_008
+# Fields as published on the hub, with the parameter counts their authors state.
+PUBLISHED: dict[str, tuple[int, dict[str, object]]] = {
+    "SmolLM2-135M-Instruct": (
+        134_515_008,
+        {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False,
+            "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "hidden_size": 576, "initializer_range": 0.0416, "intermediate_size": 1536,
+            "is_llama_config": True, "max_position_embeddings": 8192, "mlp_bias": False,
+            "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+            "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False,
+            "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "use_cache": True,
+            "vocab_size": 49152, "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        },
+    ),
+    "TinyLlama-1.1B": (
+        1_100_048_384,
+        {
+            "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "hidden_act": "silu",
+            "max_position_embeddings": 2048, "num_attention_heads": 32, "num_hidden_layers": 22,
+            "num_key_value_heads": 4, "rms_norm_eps": 1e-05, "rope_scaling": None, "vocab_size": 32000,
+            "tie_word_embeddings": False, "torch_dtype": "float32",
+        },
+    ),
+    "Llama-3.2-1B-Instruct": (
+        1_235_814_400,
+        {
+            "model_type": "llama", "attention_bias": False, "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu",
+            "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 131072,
+            "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 16,
+            "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0, "tie_word_embeddings": True, "vocab_size": 128256,
+        },
+    ),
+    "Mistral-7B-v0.1": (
+        7_241_732_096,
+        {
+            "model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+            "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 32768,
+            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+            "tie_word_embeddings": False, "vocab_size": 32000,
+        },
+    ),
+    "Qwen2.5-0.5B-Instruct": (
+        494_032_768,
+        {
+            "model_type": "qwen2", "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+            "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
+            "max_window_layers": 21, "num_attention_heads": 14, "num_hidden_layers": 24,
+            "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+            "sliding_window": 32768, "tie_word_embeddings": True, "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+    ),
+    "Qwen3-0.6B": (
+        596_049_920,
+        {
+            "model_type": "qwen3", "attention_bias": False, "head_dim": 128, "hidden_act": "silu",
+            "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960,
+            "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28,
+            "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None,
+            "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True,
+            "use_sliding_window": False, "vocab_size": 151936,
+        },
+    ),
+    "gemma-3-1b-it": (
+        999_885_952,
+        {
+            "model_type": "gemma3_text", "attention_bias": False, "attn_logit_softcapping": None,
+            "cache_implementation": "hybrid", "eos_token_id": [1, 106], "final_logit_softcapping": None,
+            "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+            "intermediate_size": 6912, "max_position_embeddings": 32768, "num_attention_heads": 4,
+            "num_hidden_layers": 26, "num_key_value_heads": 1, "query_pre_attn_scalar": 256,
+            "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000, "rope_scaling": None,
+            "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+            "vocab_size": 262144,
+        },
+    ),
+    "gpt2": (
+        124_439_808,
+        {
+            "model_type": "gpt2", "activation_function": "gelu_new", "attn_pdrop": 0.1,
+            "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12,
+            "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
+            "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+            "summary_use_proj": True, "vocab_size": 50257,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_and_count_right(name: str) -> None:
+    parameters, config = PUBLISHED[name]
+    arch = Arch.from_config(config)
+    shapes = _DECODERS.get(arch.family, Decoder).blueprint(arch).shapes()
+    assert sum(math.prod(shape) for shape in shapes.values()) == parameters
+
+
+def test_default_layer_types_equal_transformers() -> None:
+    options = {
+        "num_hidden_layers": 5,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+    }
+    for family in ("qwen2", "qwen3"):
+        types = transformers.AutoConfig.for_model(family, **options).layer_types
+        windows = Arch.from_config(tiny_config(family, **options)).windows  # type: ignore[arg-type]
+        assert windows == tuple(8 if kind == "sliding_attention" else 0 for kind in types)
