@@ -70,7 +70,8 @@ def run(folder: Path | None = None, requests: int = 64, tokens: int = 64) -> Non
         _side_by_side(client)
         _throughput(client, names, requests, tokens)
     _say("server    stopped")
-    print(f"\nAgain, by hand:\n  chiliad serve {MODEL} --adapters {adapters}\n  chiliad chat {TRAINED[0]}")
+    print(f"\nAgain, by hand:\n  chiliad serve {MODEL} --adapters {adapters}")
+    print(f"  chiliad chat {MODEL} --adapters {adapters} --adapter {TRAINED[0]}")
 
 
 def trained_adapters() -> Path:
@@ -177,18 +178,22 @@ class OpenAIClient:
         import openai
 
         self.name = f"openai {openai.__version__}"
+        self._failure = openai.OpenAIError
         self._client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0
         )
 
     def chat(self, model: str, prompt: str, max_tokens: int, ignore_eos: bool = False) -> Reply:
-        made = self._client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": prompt}],
-            max_tokens=max_tokens,
-            temperature=0,
-            extra_body={"ignore_eos": True} if ignore_eos else None,
-        )
+        try:
+            made = self._client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": prompt}],
+                max_tokens=max_tokens,
+                temperature=0,
+                extra_body={"ignore_eos": True} if ignore_eos else None,
+            )
+        except self._failure as error:
+            raise ChiliadError(f"{model}: {error}") from error
         assert made.usage is not None
         return Reply(made.choices[0].message.content or "", made.usage.completion_tokens)
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tasks import TASKS, Example, Task
+from tasks import BASE, TASKS, Example, Task
 
 Messages = list[dict[str, str]]
 
@@ -227,6 +227,69 @@ def compare(task: Task, test: list[Example], limit: int, backend: Backend) -> di
     return result
 
 
+def card(task: Task, folder: Path, result: dict[str, Any], command: str) -> str:
+    """README.md of an adapter: what it is, how it was made, what it does, in measured numbers."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    made = json.loads((folder / "training.json").read_text())
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    targets = config["target_modules"]
+    where = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    if config["layers_to_transform"]:
+        where += f" of layers {config['layers_to_transform'][0]} to {config['layers_to_transform'][-1]}"
+    scale = "lora_alpha / sqrt(r)" if config["use_rslora"] else "lora_alpha / r"
+    metrics = list(result["scores"]["adapter"])
+    table = [
+        "| | " + " | ".join(METRICS[name] for name in metrics) + " |",
+        "|---|" + "---|" * len(metrics),
+        *(
+            f"| {row} | " + " | ".join(_shown(name, scores[name]) for name in metrics) + " |"
+            for row, scores in result["scores"].items()
+        ),
+    ]
+    example = result["shown"][0]
+    return f"""\
+---
+base_model: {BASE}
+library_name: peft
+license: {task.licence.lower()}
+---
+# {task.name}
+
+{task.title}.
+
+LoRA for {BASE}: rank {config["r"]} on {where}; scale {scale} with lora_alpha {config["lora_alpha"]};
+bfloat16, {size / 1e6:.2f} MB. Send one user message, no system message.
+
+Trained by `examples/train_adapters.py` on `{made["data"]}` ({made["licence"]}): {made["steps"]} steps of
+{made["batch"]} examples, AdamW at {made["learning_rate"]}, loss on the answer only, seed {made["seed"]}.
+
+{result["examples"]} held-out examples, greedy (`{command}`):
+
+{chr(10).join(table)}
+
+> {example["prompt"]}
+>
+> base: {" ".join(example["base"].split())}
+>
+> adapter: {example["adapter"]}
+>
+> expected: {example["expected"]}
+"""
+
+
+METRICS = {
+    "accuracy": "exact label",
+    "accuracy_generous": "right label somewhere, no other",
+    "rouge_l": "ROUGE-L",
+    "bleu": "BLEU-4",
+    "perplexity": "perplexity of the references",
+}
+
+
+def _shown(metric: str, value: float) -> str:
+    return f"{value:.1%}" if metric.startswith("accuracy") else f"{value:.3g}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with e2e/, clinc150/, banking77/")
@@ -236,6 +299,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, action="append", help="default: all of them")
     parser.add_argument("--limit", type=int, default=1000, help="held-out examples per task")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--cards", action="store_true", help="rewrite each adapter's README.md")
     args = parser.parse_args()
     tests = {name: TASKS[name].test(args.data) for name in args.task or TASKS}
     backend = (Chiliad if args.engine == "chiliad" else Peft)(args.adapters, args.dtype)
@@ -244,6 +308,10 @@ def main() -> None:
         "engine": backend.name,
         "tasks": {name: compare(TASKS[name], test, args.limit, backend) for name, test in tests.items()},
     }
+    if args.cards:
+        for name, result in report["tasks"].items():
+            text = card(TASKS[name], args.adapters / name, result, report["command"])
+            (args.adapters / name / "README.md").write_text(text, encoding="utf-8")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

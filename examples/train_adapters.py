@@ -26,7 +26,7 @@ from tasks import BASE, TASKS, Task, pairs
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # ids, attention mask, labels (-100 = none)
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # see `pack`
 
 
 def smollm2_gguf() -> Path:
@@ -61,37 +61,51 @@ def encode(tokenizer: AutoTokenizer, prompt: str, answer: str) -> tuple[list[int
     return [*ids, *tail, tokenizer.eos_token_id], len(ids)
 
 
+def pack(rows: list[tuple[list[int], int]]) -> Batch:
+    """Lay conversations out as one sequence without padding, their common head only once.
+
+    Every conversation starts with the same template tokens. A mask lets each one see that head and
+    itself; positions count on from the head. The loss is exactly that of separate rows, at half
+    the tokens for short questions. Returns ids, positions, mask [T, T] and labels (-100: none).
+    """
+    first = rows[0][0]
+    head = min(
+        next((i for i, (a, b) in enumerate(zip(first, ids, strict=False)) if a != b), min(len(first), begin))
+        for ids, begin in rows
+    )
+    if len(rows) == 1:
+        head = 0
+    tokens, positions, labels, owner = list(first[:head]), list(range(head)), [-100] * head, [0] * head
+    for number, (ids, begin) in enumerate(rows, 1):
+        tokens += ids[head:]
+        positions += range(head, len(ids))
+        labels += [-100 if i < begin else ids[i] for i in range(head, len(ids))]
+        owner += [number] * (len(ids) - head)
+    who = torch.tensor(owner)
+    sees = ((who[None] == who[:, None]) | (who[None] == 0)).tril()
+    return torch.tensor(tokens), torch.tensor(positions), sees, torch.tensor(labels)
+
+
 def batches(tokenizer: AutoTokenizer, task: Task, data: Path, seed: int) -> Iterator[Batch]:
-    """Endless shuffled batches; neighbours in length share a batch, so padding stays small."""
+    """Endless shuffled batches."""
     rng = random.Random(seed)
     rows = [encode(tokenizer, *pair) for pair in pairs(task.train(data), seed)]
-    window = task.batch * 16
     while True:
         rng.shuffle(rows)
-        for start in range(0, len(rows) - task.batch + 1, window):
-            near = sorted(rows[start : start + window], key=lambda row: len(row[0]))
-            chunks = [near[i : i + task.batch] for i in range(0, len(near), task.batch)]
-            rng.shuffle(chunks)
-            for chunk in chunks:
-                width = max(len(ids) for ids, _ in chunk)
-                tokens = torch.full((len(chunk), width), tokenizer.eos_token_id)
-                mask = torch.zeros((len(chunk), width), dtype=torch.long)
-                labels = torch.full((len(chunk), width), -100)
-                for row, (ids, begin) in enumerate(chunk):
-                    tokens[row, : len(ids)] = torch.tensor(ids)
-                    mask[row, : len(ids)] = 1
-                    labels[row, begin : len(ids)] = tokens[row, begin : len(ids)]
-                yield tokens, mask, labels
+        for start in range(0, len(rows) - task.batch + 1, task.batch):
+            yield pack(rows[start : start + task.batch])
 
 
 def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Mean cross-entropy over answer tokens; only their rows go through the vocabulary."""
-    tokens, mask, labels = batch
+    tokens, positions, sees, labels = batch
     causal = model.get_base_model()
-    hidden = causal.model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-    wanted = labels[:, 1:] != -100
-    logits = causal.lm_head(hidden[:, :-1][wanted])
-    return F.cross_entropy(logits.float(), labels[:, 1:][wanted])
+    hidden = causal.model(
+        input_ids=tokens[None], position_ids=positions[None], attention_mask=sees[None, None], use_cache=False
+    ).last_hidden_state[0]
+    # a label's row is the one before it: answers never start a conversation, so that is its own
+    wanted = labels[1:] != -100
+    return F.cross_entropy(causal.lm_head(hidden[:-1][wanted]).float(), labels[1:][wanted])
 
 
 def train(task: Task, data: Path, out: Path, steps: int, seed: int) -> None:
@@ -119,7 +133,7 @@ def train(task: Task, data: Path, out: Path, steps: int, seed: int) -> None:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        seen += int(batch[1].sum())
+        seen += len(batch[0])
         smooth = loss.item() if step == 1 else 0.95 * smooth + 0.05 * loss.item()
         if step % 10 == 0 or step == steps:
             spent = time.perf_counter() - began
