@@ -339,11 +339,15 @@ class Engine:
             use.adapter.name for s in self.scheduler.waiting for use in s.request.adapters
         )
         resident, loading = self.store.counts()
+        pages = self.pool.usage()
+        if self.scheduler.prefix is not None:
+            pages["prefix"] = self.scheduler.prefix.evictable_pages()  # nobody's: room for the next one
+            pages["kv"] -= pages["prefix"]
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
             pages_total=self.pool.num_pages,
-            pages=self.pool.usage(),
+            pages=pages,
             page_bytes=self.layout.page_bytes,
             adapters_registered=self.registry.count(),
             adapters_resident=resident,
