@@ -156,3 +156,20 @@ def test_only_the_rows_asked_for(tmp_path: Path) -> None:
     decoder.forward = spy  # type: ignore[method-assign]
     harness.step([(0, [1, 2, 3, 4, 5])])
     assert seen
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3", "gpt2"])
+def test_logits_do_not_depend_on_the_split_or_the_neighbours(case: str, tmp_path: Path) -> None:
+    """The contract of kernels/base.py in float32, bit for bit, through a whole model."""
+    save(CASES[case], tmp_path)
+    kernels = kernels_or_skip("cpu")
+    decoder, _ = load_decoder(open_source(str(tmp_path)), kernels, "float32")
+    a, b = torch.randint(0, 101, (2, LENGTH), generator=torch.Generator().manual_seed(2)).tolist()
+    harness = Harness(decoder, kernels)
+    alone = harness.step([(0, a)])[0]
+    beside = harness.step([(1, b), (2, a)])[1]
+    chunks = [harness.step([(3, a[i : i + 9]), (4, b[i : i + 5])])[0] for i in range(0, LENGTH, 9)]
+    decode = [harness.step([(5, [token])])[0] for token in a]
+    assert torch.equal(beside, alone)
+    assert torch.equal(torch.cat(chunks), alone)
+    assert torch.equal(torch.cat(decode), alone)
