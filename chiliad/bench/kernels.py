@@ -17,7 +17,16 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from chiliad.kernels.base import AdapterRows, KVLayout, LinearSpec, LowRankRows, NormSpec, PackedLinear, Segment, Step
+from chiliad.kernels.base import (
+    AdapterRows,
+    KVLayout,
+    LinearSpec,
+    LowRankRows,
+    NormSpec,
+    PackedLinear,
+    Segment,
+    Step,
+)
 from chiliad.kernels.cases import ArenaBuilder, bench_cases, segment_sizes, simple_step
 from chiliad.kernels.cpu import CpuKernels
 
@@ -124,11 +133,9 @@ def bench_step(args: argparse.Namespace) -> list[dict[str, object]]:
         sizes = {"none": [(-1, rows)]}
         if args.adapters:
             sizes["identical"] = [(0, rows)]
-            count = min(rows, args.adapters)
-            if count > 1:
-                sizes["distinct"] = [(i, n) for i, (_, n) in enumerate(segment_sizes("distinct", rows))][:count]
-                if sum(n for _, n in sizes["distinct"]) != rows:
-                    del sizes["distinct"]
+            distinct = segment_sizes("distinct", rows)
+            if 1 < len(distinct) <= args.adapters:
+                sizes["distinct"] = distinct
         x = torch.randn(rows, HIDDEN)
         for traffic, segments in sizes.items():
             step, adapter_bytes = layers.step(segments)
@@ -184,7 +191,9 @@ def bench_table(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("cases", "step"))
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--threads", type=int, default=0)

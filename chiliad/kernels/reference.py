@@ -43,18 +43,19 @@ class ReferenceLinear:
 def quantize_rows(weight: Tensor, dtype: str) -> Tensor:
     """Round a weight [out, in] to what the quantised dtype can hold; returns float32.
 
-    int8: symmetric, one scale per output row. int4: symmetric groups of 32 inputs, levels -8..7.
+    int8: symmetric, one scale per output row. int4: groups of 32 inputs, levels -8..7 times a
+    float16 scale, the product rounded to bfloat16.
     """
     w = weight.float()
     if dtype == "int8":
         scale = w.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
         return (w / scale).round().clamp(-127, 127) * scale
-    groups = w.view(w.shape[0], -1, _GROUP)
+    groups = F.pad(w, (0, -w.shape[1] % _GROUP)).view(w.shape[0], -1, _GROUP)
     # the extreme value of a group maps to -8, so that all 16 levels are used
     extreme = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    scale = extreme / -8
-    scale = torch.where(scale == 0, torch.full_like(scale, 1e-12), scale)
-    return ((groups / scale).round().clamp(-8, 7) * scale).flatten(1)
+    scale = (extreme / -8).half().float()
+    levels = torch.where(scale == 0, 0.0, groups / scale).round().clamp(-8, 7)
+    return (levels * scale).bfloat16().float().flatten(1)[:, : w.shape[1]]
 
 
 class ReferenceKernels:
@@ -130,8 +131,8 @@ class ReferenceKernels:
 
     @staticmethod
     def _rounded(x: Tensor, spec: LinearSpec) -> Tensor:
-        """What the base GEMM sees of its input: bfloat16 weights multiply bfloat16 inputs."""
-        return x.to(torch.bfloat16).float() if spec.dtype == "bfloat16" else x
+        """What bfloat16 rows and all but float32 weights see of the input."""
+        return x if spec.dtype == "float32" else x.to(torch.bfloat16).float()
 
     def _apply_adapter(self, x: Tensor, y: Tensor, linear: ReferenceLinear, segment: Segment) -> None:
         """y = g * (W (d * x) + bias) + scale * B (A x) + c, on one segment's rows, in place."""
@@ -161,7 +162,8 @@ class ReferenceKernels:
                     [self._row(int(o), linear.spec.in_features, adapter.dtype) for o in low_rank.a]
                 )
                 b = torch.stack([self._row(int(o), size, adapter.dtype) for o in low_rank.b])
-                z = (x[rows] @ a.T) * torch.from_numpy(low_rank.scale)
+                seen = self._rounded(x[rows], linear.spec) if adapter.dtype == torch.bfloat16 else x[rows]
+                z = (seen @ a.T) * torch.from_numpy(low_rank.scale)
                 y[rows, columns] += z @ b
 
     def _row(self, offset: int, length: int, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from chiliad.kernels.cases import (
     simple_step,
 )
 from chiliad.kernels.cases import test_cases as table
-from chiliad.kernels.reference import ReferenceKernels
+from chiliad.kernels.reference import ReferenceKernels, quantize_rows
 
 _core = pytest.importorskip("chiliad.kernels._core", reason="the C++ core is not installed")
 from chiliad.kernels.cpu import CpuKernels  # noqa: E402
@@ -88,14 +88,14 @@ def project_rows(
     ).clone()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
 @pytest.mark.parametrize("activation", [None, "silu_mul"])
 def test_rows_do_not_depend_on_their_neighbours(
     kernels: CpuKernels, dtype: str, activation: str | None
 ) -> None:
     """Bit for bit: alone, in any chunk of its segment, or in the whole batch; even beside NaN."""
     spec = LinearSpec(83, (40, 40), (0, 1), dtype)
-    stored = getattr(torch, dtype)
+    stored = torch.float32 if dtype == "float32" else torch.bfloat16
     x = torch.randn(140, 83, generator=seed_of("x"))
     everything = list(range(140))
     whole = project_rows(kernels, x, spec, everything, stored, activation)
@@ -123,3 +123,14 @@ def test_threads_do_not_change_results(dtype: str) -> None:
     ]
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+def test_int4_is_a_way_to_store_bfloat16(kernels: CpuKernels) -> None:
+    """Bit for bit what a bfloat16 linear of the rounded weights gives."""
+    g = seed_of("int4")
+    weight, x = torch.randn(50, 100, generator=g), torch.randn(37, 100, generator=g)
+    int4 = kernels.pack_linear(weight, None, LinearSpec(100, (50,), (-1,), "int4"))
+    rounded = kernels.pack_linear(
+        quantize_rows(weight, "int4"), None, LinearSpec(100, (50,), (-1,), "bfloat16")
+    )
+    assert torch.equal(kernels.project(x, int4, None), kernels.project(x, rounded, None))

@@ -2,6 +2,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -19,6 +20,24 @@ std::uint16_t round_bf16(float x) {
   return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// float32 <-> float16, to nearest, ties to even.
+std::uint16_t round_half(float x) {
+  const float a = std::fabs(x);
+  const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  if (!(a < 65520.0f)) return sign | 0x7bff;  // scales stay finite
+  if (a < 6.103515625e-5f) return sign | static_cast<std::uint16_t>(std::nearbyint(a * 16777216.0f));
+  std::uint32_t bits;
+  std::memcpy(&bits, &a, 4);
+  bits += 0xfff + ((bits >> 13) & 1);
+  return sign | static_cast<std::uint16_t>((bits >> 13) - (112 << 10));
+}
+
+float half_value(std::uint16_t h) {
+  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
+  const float a = exponent ? std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24);
+  return h & 0x8000 ? -a : a;
+}
+
 // Weights as they come: [out, in], float32 or bfloat16.
 struct Source {
   const void* data;
@@ -34,7 +53,38 @@ struct Source {
   }
 };
 
-void pack_block(const PackedLinear& linear, const Source& weight, int index, std::byte* panel) {
+// A row becomes whole numbers -127..127 times one scale.
+void pack_int8(const Source& weight, int row, std::int8_t* to, float& scale) {
+  float most = 0;
+  for (int k = 0; k < weight.in_features; ++k) most = std::max(most, std::fabs(weight(row, k)));
+  scale = std::max(most, 1e-12f) / 127;
+  for (int k = 0; k < weight.in_features; ++k)
+    to[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2] =
+        static_cast<std::int8_t>(std::clamp(std::nearbyint(weight(row, k) / scale), -127.0f, 127.0f));
+}
+
+// Column n of a block: 32 inputs become levels -8..7 times a float16 scale. The extreme value of
+// the group is level -8, so that all 16 levels are used.
+void pack_int4(const Source& weight, int row, int n, std::byte* panel) {
+  for (int first = 0; first < weight.in_features; first += 32, panel += 2 * kInt4Tile) {
+    const int last = std::min(first + 32, weight.in_features);
+    float extreme = 0;
+    for (int k = first; k < last; ++k)
+      if (std::fabs(weight(row, k)) > std::fabs(extreme)) extreme = weight(row, k);
+    const std::uint16_t half = round_half(extreme / -8);
+    const float scale = half_value(half);
+    std::memcpy(panel + 256 + 2 * n, &half, 2);
+    for (int k = first; k < last; ++k) {
+      const float level = scale == 0 ? 0.0f : std::clamp(std::nearbyint(weight(row, k) / scale), -8.0f, 7.0f);
+      const int element = 2 * n + k % 2;  // of the tile's row of 32
+      const int bits = (static_cast<int>(level) + 8) << (element < 16 ? 0 : 4), mask = element < 16 ? 0xf0 : 0x0f;
+      std::byte& byte = panel[(k % 32 / 2) * 16 + element % 16];
+      byte = static_cast<std::byte>((static_cast<int>(byte) & mask) | bits);
+    }
+  }
+}
+
+void pack_block(PackedLinear& linear, const Source& weight, int index, std::byte* panel) {
   const Block& block = linear.blocks[index];
   const int half = index % 2;
   for (int n = 0; n < block.width; ++n) {
@@ -42,10 +92,15 @@ void pack_block(const PackedLinear& linear, const Source& weight, int index, std
     if (linear.dtype == DType::float32) {
       float* to = reinterpret_cast<float*>(panel) + half * kBlock + n;
       for (int k = 0; k < linear.in_features; ++k) to[static_cast<std::size_t>(k) * kPanel] = weight(row, k);
-    } else {
+    } else if (linear.dtype == DType::bfloat16) {
       auto* to = reinterpret_cast<std::uint16_t*>(panel) + half * 512 + n * 2;
       for (int k = 0; k < linear.in_features; ++k)
         to[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2] = round_bf16(weight(row, k));
+    } else if (linear.dtype == DType::int8) {
+      pack_int8(weight, row, reinterpret_cast<std::int8_t*>(panel) + half * 512 + n * 2,
+                linear.scale[static_cast<std::size_t>(index) * kBlock + n]);
+    } else {
+      pack_int4(weight, row, n, panel + half * kInt4Tile);
     }
   }
 }
@@ -75,7 +130,7 @@ struct Plans {
   std::vector<const std::byte*> tiles;
 };
 
-enum Scratch { kInputs, kNormed, kScaled, kShrunk, kWork };
+enum Scratch { kInputs, kNormed, kScaled, kShrunk, kTurned, kWork };
 
 const std::uint8_t* vector_at(const Arena& arena, std::int64_t offset, int length, DType dtype) {
   if (offset < 0) return nullptr;
@@ -122,7 +177,7 @@ bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* st
 }
 
 void plan_shrinks(Kernels& kernels, Plans& plans) {
-  constexpr int kRanks = 16, kRows = 32;
+  constexpr int kRanks = 16, kRows = 64;
   std::size_t total = 0;
   for (const Use& use : plans.uses) total += static_cast<std::size_t>(use.stop - use.start) * use.rank;
   auto* z = reinterpret_cast<float*>(kernels.scratch(kShrunk, total * sizeof(float)));
@@ -131,8 +186,10 @@ void plan_shrinks(Kernels& kernels, Plans& plans) {
     use.z = z;
     z += static_cast<std::size_t>(use.stop - use.start) * use.rank;
     for (int rank = 0; rank < use.rank; rank += kRanks)
-      for (int row = use.start; row < use.stop; row += kRows)
-        plans.shrinks.push_back({&use, row, std::min(kRows, use.stop - row), rank, std::min(kRanks, use.rank - rank)});
+      for (int row = use.start, next; row < use.stop; row = next) {
+        next = std::min((row / kRows + 1) * kRows, use.stop);
+        plans.shrinks.push_back({&use, row, next - row, rank, std::min(kRanks, use.rank - rank)});
+      }
   }
 }
 
@@ -140,7 +197,6 @@ void plan_shrinks(Kernels& kernels, Plans& plans) {
 
 PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const float* bias, DType dtype,
                          int in_features, std::vector<int> sizes, std::vector<int> slots) {
-  if (dtype != DType::float32 && dtype != DType::bfloat16) throw KernelError("weights must be float32 or bfloat16");
   if (from != DType::float32 && from != DType::bfloat16) throw KernelError("weights must come as float32 or bfloat16");
   if (in_features <= 0 || sizes.empty() || sizes.size() != slots.size() ||
       std::any_of(sizes.begin(), sizes.end(), [](int size) { return size <= 0; }))
@@ -153,12 +209,15 @@ PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const
   linear.sizes = std::move(sizes);
   linear.slots = std::move(slots);
   lay_out(linear);
-  linear.panel_bytes = static_cast<std::size_t>(linear.k_padded) * kPanel * item_bytes(dtype);
+  linear.panel_bytes = dtype == DType::int4 ? static_cast<std::size_t>(linear.k_padded) / 16 * kInt4Tile
+                                            : static_cast<std::size_t>(linear.k_padded) * kPanel * item_bytes(dtype);
   linear.weights = allocate(linear.nbytes());
-  linear.bias.assign(static_cast<std::size_t>(linear.num_panels) * kPanel, 0.0f);
-  if (bias != nullptr)
+  if (dtype == DType::int8) linear.scale.assign(linear.blocks.size() * kBlock, 0.0f);
+  if (bias != nullptr) {
+    linear.bias.assign(linear.blocks.size() * kBlock, 0.0f);
     for (std::size_t i = 0; i < linear.blocks.size(); ++i)
       std::copy_n(bias + linear.blocks[i].out, linear.blocks[i].width, linear.bias.data() + i * kBlock);
+  }
   const Source source{weight, from, in_features};
   std::lock_guard lock(kernels.busy);
   kernels.threads.share(0, linear.num_panels);
@@ -195,7 +254,9 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
   plan.blocks = linear.blocks.data();
   plan.weights = linear.weights.get();
   plan.panel_bytes = linear.panel_bytes;
-  plan.bias = linear.bias.data();
+  plan.paired = linear.paired;
+  plan.bias = linear.bias.empty() ? nullptr : linear.bias.data();
+  plan.scale = linear.scale.empty() ? nullptr : linear.scale.data();
   plan.x = x;
   plan.rows = rows;
   plan.norm = norm;
@@ -232,7 +293,12 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
       if (plans.scaled_at[i] >= 0) plans.tiles[i] = plan.scaled + plans.scaled_at[i] * plan.tile_bytes;
   }
   plan.tiles = plans.tiles.data();
-  plan.work = kernels.scratch(kWork, kWorkBytes * kernels.threads.size());
+  const bool bf16_rows = std::any_of(plans.shrinks.begin(), plans.shrinks.end(), [](const ShrinkTask& task) {
+    return task.use->dtype == DType::bfloat16;
+  });
+  if (ops.turned && !f32 && bf16_rows) plan.turned = kernels.scratch(kTurned, plan.tile_bytes * row_tiles);
+  plan.work_bytes = work_bytes(linear.k_padded) / 64 * 64;
+  plan.work = kernels.scratch(kWork, plan.work_bytes * kernels.threads.size());
   ops.project(plan);
 }
 

@@ -5,7 +5,12 @@
 // from front to back:
 //   float32   [K][32]
 //   bfloat16  [K / 32][2 blocks][16 pairs of k][16 columns][2]    (tiles of 1 KB)
-// K is padded with zeros to a multiple of 32 (bfloat16 only). Two projections of equal size
+//   int8      the same with bytes (tiles of 512 B); one scale per column, applied to the sums
+//   int4      [K / 32][2 blocks]: 16 rows of 16 bytes (byte i: elements i and 16 + i of the tile's
+//             row), then one float16 scale per column for these 32 k
+// int8 and int4 are ways to store a bfloat16 weight: a thread unpacks a panel into its own
+// cache and multiplies that (int8: the whole numbers, exactly; int4: level * scale, rounded).
+// K is padded with zeros to a multiple of 32 (all but float32). Two projections of equal size
 // (gate, up) alternate block by block, so that a panel holds both and act(gate) * up needs no
 // second pass.
 //
@@ -25,6 +30,9 @@
 namespace chiliad {
 
 constexpr int kBlock = 16, kPanel = 32, kRowTile = 16;
+constexpr int kGroup = 4;               // panels that one thread takes at a time, at most
+constexpr int kStride = kGroup * kPanel;  // of a row of sums, in floats
+constexpr int kInt4Tile = 256 + 32;     // bytes
 
 struct Block {
   int projection;  // -1: padding
@@ -42,7 +50,8 @@ struct PackedLinear {
   std::vector<Block> blocks;  // [2 * num_panels]
   std::size_t panel_bytes;
   Bytes weights;             // [num_panels][panel_bytes]
-  std::vector<float> bias;   // [num_panels * 32], zero where there is none
+  std::vector<float> bias;   // [num_panels * 32], or empty
+  std::vector<float> scale;  // int8: [num_panels * 32]
   std::size_t nbytes() const { return panel_bytes * num_panels; }
 };
 
@@ -76,7 +85,7 @@ struct Use {
   DType dtype;
   const std::int64_t *a, *b;  // offsets of the rank rows
   const float* scale;
-  float* z;  // [rows][rank], filled by the first phase
+  float* z;  // [rank][rows], filled by the first phase
   const std::uint8_t *d, *g, *c;
 };
 
@@ -90,10 +99,11 @@ struct ProjectPlan {
   ThreadPool* threads;
   DType dtype;
   int in_features, k_padded, num_projections, num_panels;
+  bool paired;
   const Block* blocks;
   const std::byte* weights;
   std::size_t panel_bytes;
-  const float* bias;
+  const float *bias, *scale;  // or null
 
   const float* x;
   int rows;
@@ -110,6 +120,7 @@ struct ProjectPlan {
   const std::byte** tiles;  // [projections][row tiles]: the base input, or one with d applied
   std::byte* scaled;        // room for input tiles with d applied, or null
   int* scaled_at;           // [projections][row tiles]: index into scaled, or -1
+  std::byte* turned;        // bfloat16 tiles of x with rows and pairs exchanged, for shrink; or null
 
   // adapters
   const std::uint8_t* arena;
@@ -118,15 +129,20 @@ struct ProjectPlan {
   const ShrinkTask* shrinks;
   int num_shrinks;
 
-  std::byte* work;  // per worker: kWorkBytes
+  std::byte* work;  // per worker: work_bytes
+  std::size_t work_bytes;
 };
-
-constexpr std::size_t kWorkBytes = 2 * 32 * kPanel * sizeof(float) + 1024;
 
 struct LinearOps {
   void (*project)(const ProjectPlan&);
   void (*norm)(ThreadPool& threads, const float* x, int rows, int features, const Norm& norm, float* y, bool add);
-  bool bf16_tiles;  // bfloat16 inputs are stored as bfloat16 tiles (else rounded, as float32)
+  bool bf16_tiles;  // inputs are stored as bfloat16 tiles (else rounded, as float32)
+  bool turned;      // shrink multiplies bfloat16 rank rows with `turned` tiles
 };
+
+// A worker's room: sums (twice), an unpacked panel, rank rows that need copying.
+inline std::size_t work_bytes(int k_padded) {
+  return 2 * 32 * kStride * sizeof(float) + std::size_t{64} * k_padded + std::size_t{32} * (k_padded + 32) + 4096;
+}
 
 }  // namespace chiliad

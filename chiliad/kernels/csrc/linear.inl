@@ -3,8 +3,10 @@
 // project runs in three phases with a barrier between them:
 //   0  inputs: normalise rows, round them, lay them out in tiles
 //   1  shrink: z = scale * (A x) for every (segment, projection, ranks), each rank row read once
-//   2  panels: base GEMM of 32 columns into a small buffer that stays in the L1 cache, then the
+//   2  panels: base GEMM of a few panels into a small buffer that stays in the L1 cache, then the
 //      epilogue on it: bias, g, c, z B (expand), activation, residual, store.
+// At small batches all of it waits for memory, so phases 1 and 2 ask for what comes next
+// (prefetch) while they work on what is there.
 #include "linear.h"
 #include "simd.h"
 
@@ -91,7 +93,7 @@ void bf16_row(const ProjectPlan& plan, const float* x, const D* d, std::byte* ti
 
 template <class D>
 void input_row(const ProjectPlan& plan, const float* x, const D* d, std::byte* tile, int r) {
-  if (plan.dtype == DType::bfloat16) return bf16_row(plan, x, d, tile, r);
+  if (plan.dtype != DType::float32) return bf16_row(plan, x, d, tile, r);
   float* row = reinterpret_cast<float*>(tile) + static_cast<std::size_t>(r) * plan.in_features;
   for (int k = 0; k < plan.in_features; k += kLanes) {
     const int left = plan.in_features - k < kLanes ? plan.in_features - k : kLanes;
@@ -114,6 +116,35 @@ const Use* find_use(const ProjectPlan& plan, int p, int row) {
   return low;
 }
 
+#if defined(__AMX_BF16__)
+// Exchange rows and pairs of a bfloat16 input tile: 16 x 16 words of 32 bits. The result is what
+// a tile multiplication wants as its right side, so that rank rows can be the left side as they
+// lie in the arena.
+void turn(const std::byte* tile, std::byte* to) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(tile + i * 64);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4 q + c] holds, in its quarter l, column 4 l + c of rows 4 q .. 4 q + 3
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), high = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512i low2 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd), high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_store_si512(to + c * 64, _mm512_shuffle_i32x4(low, high, 0x88));
+    _mm512_store_si512(to + (8 + c) * 64, _mm512_shuffle_i32x4(low, high, 0xdd));
+    _mm512_store_si512(to + (4 + c) * 64, _mm512_shuffle_i32x4(low2, high2, 0x88));
+    _mm512_store_si512(to + (12 + c) * 64, _mm512_shuffle_i32x4(low2, high2, 0xdd));
+  }
+}
+#endif
+
 void input_tile(const ProjectPlan& plan, int tile) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const int first = tile * kRowTile, last = first + kRowTile < plan.rows ? first + kRowTile : plan.rows;
@@ -126,6 +157,11 @@ void input_tile(const ProjectPlan& plan, int tile) {
   if (plan.input)
     for (int row = first; row < last; ++row)
       input_row<float>(plan, x + row * n, nullptr, plan.input + tile * plan.tile_bytes, row - first);
+#if defined(__AMX_BF16__)
+  if (plan.turned)
+    for (int k = 0; k < plan.k_padded; k += 32)
+      turn(plan.input + tile * plan.tile_bytes + k * 32, plan.turned + tile * plan.tile_bytes + k * 32);
+#endif
   if (!plan.scaled) return;
   for (int p = 0; p < plan.num_projections; ++p) {
     const int at = plan.scaled_at[p * row_tiles + tile];
@@ -148,61 +184,153 @@ void input_tile(const ProjectPlan& plan, int tile) {
 
 // ---- phase 1: shrink ----
 
-// z[r][j] = scale[j] * (x_r . a_j). One vector of partial sums per output, added up at the end:
+// Rows of x for shrink: bfloat16 rank rows of a linear that rounds its input see the rounded
+// input, from its tiles; others see x as it is.
+struct PlainRows {
+  const float* x;
+  std::size_t stride;
+  const float* row(int r) const { return x + r * stride; }
+  static const float* at(const float* row, int k) { return row + k; }
+};
+
+struct TileRows {
+  const std::byte* input;
+  std::size_t tile_bytes;
+  const bf16* row(int r) const {
+    return reinterpret_cast<const bf16*>(input + r / kRowTile * tile_bytes + r % kRowTile * 64);
+  }
+  static const bf16* at(const bf16* row, int k) { return row + k / 32 * 512 + k % 32; }
+};
+
+// z[j][r] = scale[j] * (x_r . a_j). One vector of partial sums per output, added up at the end:
 // the order of additions does not depend on R and J.
-template <class T, int R, int J>
-void dots(const std::uint8_t* arena, const std::int64_t* at, const float* x, int n, const float* scale, float* z, int rank) {
+template <class T, int R, int J, class X>
+void dots(const std::uint8_t* arena, const std::int64_t* at, const X& x, int first, int n, const float* scale, float* z, int ldz) {
   const T* a[J];
   for (int j = 0; j < J; ++j) a[j] = reinterpret_cast<const T*>(arena + at[j]);
+  decltype(x.row(0)) row[R];
+  for (int r = 0; r < R; ++r) row[r] = x.row(first + r);
   Vec sum[R][J];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) sum[r][j] = vset(0.0f);
   const int whole = n / kLanes * kLanes;
   for (int k = 0; k < whole; k += kLanes) {
-    Vec row[R];
-    for (int r = 0; r < R; ++r) row[r] = vload(x + static_cast<std::size_t>(r) * n + k);
+    Vec xs[R];
+    for (int r = 0; r < R; ++r) xs[r] = vload(X::at(row[r], k));
     for (int j = 0; j < J; ++j) {
       const Vec v = vload(a[j] + k);
-      for (int r = 0; r < R; ++r) sum[r][j] = vfma(v, row[r], sum[r][j]);
+      for (int r = 0; r < R; ++r) sum[r][j] = vfma(v, xs[r], sum[r][j]);
     }
   }
   if (whole < n)
     for (int j = 0; j < J; ++j) {
       const Vec v = vload(a[j] + whole, n - whole);
-      for (int r = 0; r < R; ++r)
-        sum[r][j] = vfma(v, vload(x + static_cast<std::size_t>(r) * n + whole, n - whole), sum[r][j]);
+      for (int r = 0; r < R; ++r) sum[r][j] = vfma(v, vload(X::at(row[r], whole), n - whole), sum[r][j]);
     }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) z[r * rank + j] = vsum(sum[r][j]) * scale[j];
+    for (int j = 0; j < J; ++j) z[j * ldz + r] = vsum(sum[r][j]) * scale[j];
 }
 
-template <class T>
-void shrink(const ProjectPlan& plan, const ShrinkTask& task) {
+template <class T, class X>
+void shrink(const ProjectPlan& plan, const ShrinkTask& task, const X& x) {
   constexpr int kJ = kLanes == 16 ? 4 : 2;
   const Use& use = *task.use;
-  const int n = plan.in_features, end = task.rank + task.ranks;
-  const float* x = (plan.x32 ? plan.x32 : plan.x) + static_cast<std::size_t>(task.row) * n;
-  float* z = use.z + static_cast<std::size_t>(task.row - use.start) * use.rank;
-  int r = 0;
-  for (; r + 4 <= task.rows; r += 4) {
-    const float* xr = x + static_cast<std::size_t>(r) * n;
-    float* zr = z + r * use.rank;
+  const int end = task.rank + task.ranks, ldz = use.stop - use.start;
+  auto pass = [&]<int R, int J>(int row, int j) {
+    float* z = use.z + static_cast<std::size_t>(j) * ldz + (row - use.start);
+    dots<T, R, J>(plan.arena, use.a + j, x, row, plan.in_features, use.scale + j, z, ldz);
+  };
+  int row = task.row;
+  const int stop = task.row + task.rows;
+  for (; row + 4 <= stop; row += 4) {
     int j = task.rank;
-    for (; j + kJ <= end; j += kJ) dots<T, 4, kJ>(plan.arena, use.a + j, xr, n, use.scale + j, zr + j, use.rank);
-    for (; j < end; ++j) dots<T, 4, 1>(plan.arena, use.a + j, xr, n, use.scale + j, zr + j, use.rank);
+    for (; j + kJ <= end; j += kJ) pass.template operator()<4, kJ>(row, j);
+    for (; j < end; ++j) pass.template operator()<4, 1>(row, j);
   }
-  for (; r < task.rows; ++r) {
-    const float* xr = x + static_cast<std::size_t>(r) * n;
-    float* zr = z + r * use.rank;
+  for (; row < stop; ++row) {
     int j = task.rank;
-    for (; j + 8 <= end; j += 8) dots<T, 1, 8>(plan.arena, use.a + j, xr, n, use.scale + j, zr + j, use.rank);
-    for (; j < end; ++j) dots<T, 1, 1>(plan.arena, use.a + j, xr, n, use.scale + j, zr + j, use.rank);
+    for (; j + 8 <= end; j += 8) pass.template operator()<1, 8>(row, j);
+    for (; j < end; ++j) pass.template operator()<1, 1>(row, j);
   }
 }
+
+void shrink_any(const ProjectPlan& plan, const ShrinkTask& task) {
+  const PlainRows plain{plan.x32 ? plan.x32 : plan.x, static_cast<std::size_t>(plan.in_features)};
+  if (task.use->dtype == DType::float32) return shrink<float>(plan, task, plain);
+  if (plan.dtype == DType::float32) return shrink<bf16>(plan, task, plain);
+  if constexpr (kBf16Tiles)
+    shrink<bf16>(plan, task, TileRows{plan.input, plan.tile_bytes});
+  else
+    shrink<bf16>(plan, task, PlainRows{reinterpret_cast<const float*>(plan.input), static_cast<std::size_t>(plan.k_padded)});
+}
+
+#if defined(__AMX_BF16__)
+
+// Up to 16 ranks times up to 64 rows (4 row tiles). `next` is fetched meanwhile. Full sets of
+// ranks at a constant distance are multiplied where they lie, others are copied first.
+void shrink_tiles(const ProjectPlan& plan, const ShrinkTask& task, const ShrinkTask* next, std::byte* work) {
+  const Use& use = *task.use;
+  const std::int64_t* at = use.a + task.rank;
+  const std::uint8_t* rows = plan.arena + at[0];
+  std::int64_t stride = task.ranks > 1 ? at[1] - at[0] : 0;
+  bool in_place = task.ranks == 16 && plan.in_features % 32 == 0;
+  for (int j = 2; in_place && j < 16; ++j) in_place = at[j] - at[j - 1] == stride;
+  if (!in_place) {
+    stride = std::int64_t{2} * plan.k_padded + 64;  // an odd number of lines: rows spread over the cache
+    for (int j = 0; j < task.ranks; ++j) {
+      std::byte* to = work + j * stride;
+      std::memcpy(to, plan.arena + at[j], std::size_t{2} * plan.in_features);
+      std::memset(to + 2 * plan.in_features, 0, std::size_t{2} * (plan.k_padded - plan.in_features));
+    }
+    rows = reinterpret_cast<const std::uint8_t*>(work);
+  }
+  const int first = task.row / kRowTile, tiles = (task.row + task.rows - 1) / kRowTile - first + 1;
+  const std::byte* x = plan.turned + first * std::size_t{32} * plan.k_padded;
+  const std::size_t tile_bytes = std::size_t{32} * plan.k_padded;
+  const int ahead = next ? next->ranks : 0;
+  const std::int64_t* next_at = next ? next->use->a + next->rank : nullptr;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int k = 0; k < plan.k_padded; k += 32, x += 1024) {
+    for (int j = 0; j < ahead; ++j) _mm_prefetch(plan.arena + next_at[j] + 2 * k, _MM_HINT_T0);
+    _tile_loadd(4, rows + 2 * k, stride);
+    _tile_loadd(5, x, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if (tiles == 1) continue;
+    _tile_loadd(6, x + tile_bytes, 64);
+    _tile_dpbf16ps(1, 4, 6);
+    if (tiles == 2) continue;
+    _tile_loadd(5, x + 2 * tile_bytes, 64);
+    _tile_dpbf16ps(2, 4, 5);
+    if (tiles == 3) continue;
+    _tile_loadd(6, x + 3 * tile_bytes, 64);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  alignas(64) float sums[4][16][16];
+  _tile_stored(0, sums[0], 64);
+  if (tiles > 1) _tile_stored(1, sums[1], 64);
+  if (tiles > 2) _tile_stored(2, sums[2], 64);
+  if (tiles > 3) _tile_stored(3, sums[3], 64);
+  const int ldz = use.stop - use.start;
+  for (int t = 0; t < tiles; ++t) {
+    const int start = (first + t) * kRowTile;  // of the tile; its valid rows are [low, high)
+    const int low = task.row > start ? task.row - start : 0;
+    const int high = task.row + task.rows < start + kRowTile ? task.row + task.rows - start : kRowTile;
+    const __mmask16 mask = static_cast<__mmask16>(((1u << high) - 1) & ~((1u << low) - 1));
+    for (int j = 0; j < task.ranks; ++j) {
+      float* z = use.z + static_cast<std::size_t>(task.rank + j) * ldz + (start - use.start);
+      _mm512_mask_storeu_ps(z, mask, _mm512_load_ps(sums[t][j]) * vset(use.scale[task.rank + j]));
+    }
+  }
+}
+
+#endif
 
 // ---- phase 2: panels ----
 
-// c[R][32] = a[R][K] * panel; float32. One accumulator per output.
+// c[R][32] = a[R][K] * panel; float32. Rows of c are kStride apart. One accumulator per output.
 template <int R>
 void gemm_f32(const float* a, std::size_t lda, const float* b, int k_count, float* c) {
   constexpr int V = 2 * kVecs;
@@ -218,7 +346,7 @@ void gemm_f32(const float* a, std::size_t lda, const float* b, int k_count, floa
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) vstore(c + r * kPanel + v * kLanes, sum[r][v]);
+    for (int v = 0; v < V; ++v) vstore(c + r * kStride + v * kLanes, sum[r][v]);
 }
 
 // The same for bfloat16 weights in pairs of k.
@@ -241,7 +369,7 @@ void gemm_bf16(const std::byte* a, const std::byte* b, int k_padded, float* c) {
       }
     }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 2; ++v) vstore(c + r * kPanel + v * kLanes, sum[r][v]);
+    for (int v = 0; v < 2; ++v) vstore(c + r * kStride + v * kLanes, sum[r][v]);
 }
 
 #else
@@ -290,7 +418,7 @@ void gemm_bf16(const std::byte* tile, const std::byte* panel, int k_padded, floa
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) vstore(c + r * kPanel + v * kLanes, sum[r][v]);
+    for (int v = 0; v < V; ++v) vstore(c + r * kStride + v * kLanes, sum[r][v]);
 }
 
 #endif
@@ -341,10 +469,10 @@ void gemm_amx(const std::byte* a0, const std::byte* a1, const std::byte* b, int 
     fetch<Fetch>(b, 3);
     if (Two) _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, kPanel * 4);
-  _tile_stored(1, c + 16, kPanel * 4);
-  if (Two) _tile_stored(2, c + 16 * kPanel, kPanel * 4);
-  if (Two) _tile_stored(3, c + 16 * kPanel + 16, kPanel * 4);
+  _tile_stored(0, c, kStride * 4);
+  _tile_stored(1, c + 16, kStride * 4);
+  if (Two) _tile_stored(2, c + 16 * kStride, kStride * 4);
+  if (Two) _tile_stored(3, c + 16 * kStride + 16, kStride * 4);
 }
 
 #else
@@ -362,9 +490,9 @@ void gemm_tile(const ProjectPlan& plan, const std::byte* tile, const std::byte* 
   const std::size_t lda = f32 ? plan.in_features : plan.k_padded;
   auto pass = [&]<int R>(int r) {
     if (f32)
-      gemm_f32<R>(a + r * lda, lda, b, plan.in_features, c + r * kPanel);
+      gemm_f32<R>(a + r * lda, lda, b, plan.in_features, c + r * kStride);
     else
-      gemm_bf16<R>(kBf16Tiles ? tile + r * 64 : tile + r * lda * 4, panel, plan.k_padded, c + r * kPanel);
+      gemm_bf16<R>(kBf16Tiles ? tile + r * 64 : tile + r * lda * 4, panel, plan.k_padded, c + r * kStride);
   };
   int r = 0;
   for (; r + kRows <= rows; r += kRows) pass.template operator()<kRows>(r);
@@ -380,7 +508,7 @@ void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* pa
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const std::byte* const* tiles = plan.tiles + p * row_tiles + row / kRowTile;
 #if defined(__AMX_BF16__)
-  if (plan.dtype == DType::bfloat16) {
+  if (plan.dtype != DType::float32) {
     const bool two = rows > kRowTile;
     auto* call = two ? (fetch ? gemm_amx<true, true> : gemm_amx<true, false>)
                      : (fetch ? gemm_amx<false, true> : gemm_amx<false, false>);
@@ -388,51 +516,172 @@ void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* pa
   }
 #endif
   gemm_tile(plan, tiles[0], panel, rows < kRowTile ? rows : kRowTile, c);
-  if (rows > kRowTile) gemm_tile(plan, tiles[1], panel, rows - kRowTile, c + kRowTile * kPanel);
+  if (rows > kRowTile) gemm_tile(plan, tiles[1], panel, rows - kRowTile, c + kRowTile * kStride);
 }
 
-// c[R][16] += z[R][rank] * B[rank][columns of one block]
-template <class T, int R, bool Whole>
-void expand(const Use& use, const std::uint8_t* arena, int column, int width, const float* z, float* c) {
-  Vec sum[R][kVecs];
+// ---- phase 2: weights stored in fewer bits ----
+
+CHILIAD_INLINE float half_to_float(std::uint16_t h) {
+  const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16, magnitude = h & 0x7fffu;
+  if (magnitude < 0x400) {  // subnormal: a multiple of 2^-24
+    const float y = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign ? -y : y;
+  }
+  const std::uint32_t bits = sign | ((magnitude << 13) + 0x38000000u);
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// One tile of int4: 16 rows of 32 elements, times the scale of their column.
+void unpack_int4(const std::byte* from, bf16* to) {
+#if defined(__AVX512F__)
+  const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 256)));
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512 low_scale = _mm512_permutexvar_ps(twice, scale);
+  const __m512 high_scale = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
+  const __m512 levels = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+  for (int i = 0; i < 16; ++i, to += 32) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)));
+    const __m512 low = _mm512_permutexvar_ps(bytes, levels) * low_scale;  // looks at 4 bits only
+    const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels) * high_scale;
+#if defined(__AVX512BF16__)
+    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+    std::memcpy(to, &both, 64);
+#else
+    vstore_bf16(to, low);
+    vstore_bf16(to + 16, high);
+#endif
+  }
+#else
+  float scale[32];
+  for (int n = 0; n < 16; ++n) {
+    std::uint16_t h;
+    std::memcpy(&h, from + 256 + 2 * n, 2);
+    scale[2 * n] = scale[2 * n + 1] = half_to_float(h);
+  }
+  for (int i = 0; i < 16; ++i, to += 32) {
+    std::int8_t level[32];
+    for (int e = 0; e < 16; ++e) {
+      const int byte = static_cast<int>(from[16 * i + e]);
+      level[e] = static_cast<std::int8_t>((byte & 15) - 8);
+      level[16 + e] = static_cast<std::int8_t>((byte >> 4) - 8);
+    }
+    for (int e = 0; e < 32; e += kLanes) vstore_bf16(to + e, vload(level + e) * vload(scale + e));
+  }
+#endif
+}
+
+// A panel as bfloat16 tiles, unpacked into `room` if it is stored in fewer bits.
+const std::byte* unpack(const ProjectPlan& plan, const std::byte* panel, std::byte* room) {
+  if (plan.dtype == DType::float32 || plan.dtype == DType::bfloat16) return panel;
+  bf16* to = reinterpret_cast<bf16*>(room);
+  for (int tile = 0; tile < plan.k_padded / 16; ++tile, to += 512) {
+    if (plan.dtype == DType::int4) {
+      const std::byte* from = panel + tile * kInt4Tile;
+      for (int line = 0; line < kInt4Tile; line += 64) __builtin_prefetch(from + 4096 + line);
+      unpack_int4(from, to);
+    } else {
+      const auto* from = reinterpret_cast<const std::int8_t*>(panel) + tile * 512;
+      for (int line = 0; line < 512; line += 64) __builtin_prefetch(from + 4096 + line);
+      for (int e = 0; e < 512; e += kLanes) vstore_bf16(to + e, vload(from + e));
+    }
+  }
+  return room;
+}
+
+// ---- phase 2: epilogue ----
+
+// c[R][NB blocks] += z[rank][R] * B[rank][16 NB columns]; blocks are `step` floats apart in c.
+// Meanwhile the same columns of the next use are fetched.
+template <class T, int R, int NB>
+void expand(const Use& use, const Use* next, const std::uint8_t* arena, int column, const float* z, float* c, int step) {
+  const int ldz = use.stop - use.start, ahead = next ? next->rank : 0;
+  auto fetch_row = [&](int j) {
+    const std::uint8_t* row = arena + next->b[j] + static_cast<std::size_t>(column) * sizeof(T);
+    for (std::size_t line = 0; line < NB * kBlock * sizeof(T); line += 64) __builtin_prefetch(row + line);
+  };
+  Vec sum[R][NB][kVecs];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kVecs; ++v) sum[r][v] = vload(c + r * kPanel + v * kLanes);
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) sum[r][b][v] = vload(c + r * kStride + b * step + v * kLanes);
   for (int j = 0; j < use.rank; ++j) {
-    const T* b = reinterpret_cast<const T*>(arena + use.b[j]) + column;
-    for (int v = 0; v < kVecs; ++v) {
-      const int left = width - v * kLanes;
-      const Vec w = Whole || left >= kLanes ? vload(b + v * kLanes) : left > 0 ? vload(b + v * kLanes, left) : vset(0.0f);
-      for (int r = 0; r < R; ++r) sum[r][v] = vfma(vset(z[r * use.rank + j]), w, sum[r][v]);
-    }
+    if (j < ahead) fetch_row(j);
+    const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column;
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec w = vload(row + b * kBlock + v * kLanes);
+        for (int r = 0; r < R; ++r) sum[r][b][v] = vfma(vset(z[static_cast<std::size_t>(j) * ldz + r]), w, sum[r][b][v]);
+      }
   }
+  for (int j = use.rank; j < ahead; ++j) fetch_row(j);
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kVecs; ++v) vstore(c + r * kPanel + v * kLanes, sum[r][v]);
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) vstore(c + r * kStride + b * step + v * kLanes, sum[r][b][v]);
 }
 
+// The same for a block that is not full.
 template <class T>
-void apply(const Use& use, const std::uint8_t* arena, int column, int width, int first, int rows, float* c) {
-  if (use.g || use.c) {
-    const T* g = use.g ? reinterpret_cast<const T*>(use.g) + column : nullptr;
-    const T* add = use.c ? reinterpret_cast<const T*>(use.c) + column : nullptr;
-    for (int v = 0; v < kVecs; ++v) {
-      const int left = width - v * kLanes < kLanes ? width - v * kLanes : kLanes;
-      if (left <= 0) break;
-      for (int r = 0; r < rows; ++r) {
-        Vec y = vload(c + r * kPanel + v * kLanes);
-        if (g) y = y * vload(g + v * kLanes, left);
-        if (add) y = y + vload(add + v * kLanes, left);
-        vstore(c + r * kPanel + v * kLanes, y);
-      }
+void expand_rest(const Use& use, const std::uint8_t* arena, int column, int width, const float* z, float* c) {
+  const int ldz = use.stop - use.start;
+  for (int v = 0; v * kLanes < width; ++v) {
+    const int left = width - v * kLanes < kLanes ? width - v * kLanes : kLanes;
+    Vec sum = vload(c + v * kLanes);
+    for (int j = 0; j < use.rank; ++j) {
+      const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column + v * kLanes;
+      sum = vfma(vset(z[static_cast<std::size_t>(j) * ldz]), vload(row, left), sum);
     }
+    vstore(c + v * kLanes, sum);
   }
+}
+
+// What one use does to `count` neighbouring blocks (full ones, or a single one of `width`
+// columns) of rows [first, first + rows); c points at them.
+template <class T>
+void apply(const Use& use, const Use* next, const std::uint8_t* arena, int column, int width, int count, int step,
+           int first, int rows, float* c) {
+  if (use.g || use.c)
+    for (int b = 0; b < count; ++b)
+      for (int v = 0; v * kLanes < width; ++v) {
+        const int left = width - v * kLanes < kLanes ? width - v * kLanes : kLanes;
+        const int at = column + b * kBlock + v * kLanes;
+        for (int r = 0; r < rows; ++r) {
+          float* p = c + r * kStride + b * step + v * kLanes;
+          Vec y = vload(p);
+          if (use.g) y = y * vload(reinterpret_cast<const T*>(use.g) + at, left);
+          if (use.c) y = y + vload(reinterpret_cast<const T*>(use.c) + at, left);
+          vstore(p, y);
+        }
+      }
   if (use.rank == 0) return;
-  const float* z = use.z + static_cast<std::size_t>(first - use.start) * use.rank;
-  int r = 0;
-  if (width == kBlock) {
-    for (; r + 4 <= rows; r += 4) expand<T, 4, true>(use, arena, column, width, z + r * use.rank, c + r * kPanel);
-    for (; r < rows; ++r) expand<T, 1, true>(use, arena, column, width, z + r * use.rank, c + r * kPanel);
+  const float* z = use.z + (first - use.start);
+  if (width < kBlock) {
+    for (int r = 0; r < rows; ++r) expand_rest<T>(use, arena, column, width, z + r, c + r * kStride);
+    return;
   }
-  for (; r < rows; ++r) expand<T, 1, false>(use, arena, column, width, z + r * use.rank, c + r * kPanel);
+  constexpr int kMany = 8 / kVecs > 1 ? 8 / kVecs : 1, kFew = kMany > 2 ? kMany / 2 : 1;  // blocks at once: 1 or 4 rows
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    int b = 0;
+    auto pass = [&]<int NB>() {
+      for (; b + NB <= count; b += NB)
+        expand<T, 4, NB>(use, r ? nullptr : next, arena, column + b * kBlock, z + r, c + r * kStride + b * step, step);
+    };
+    if constexpr (kFew > 2) pass.template operator()<kFew>();
+    if constexpr (kFew > 1) pass.template operator()<2>();
+    pass.template operator()<1>();
+  }
+  for (; r < rows; ++r) {
+    int b = 0;
+    auto pass = [&]<int NB>() {
+      for (; b + NB <= count; b += NB)
+        expand<T, 1, NB>(use, r ? nullptr : next, arena, column + b * kBlock, z + r, c + r * kStride + b * step, step);
+    };
+    if constexpr (kMany > 4) pass.template operator()<kMany>();
+    if constexpr (kMany > 2) pass.template operator()<4>();
+    if constexpr (kMany > 1) pass.template operator()<2>();
+    pass.template operator()<1>();
+  }
 }
 
 CHILIAD_INLINE Vec activate(Activation activation, Vec x) {
@@ -446,99 +695,142 @@ CHILIAD_INLINE Vec activate(Activation activation, Vec x) {
   return x;
 }
 
-// Everything after the GEMM, on c[rows][32]; then the result goes to y.
-void epilogue(const ProjectPlan& plan, int panel, int row, int rows, float* c) {
+void apply_uses(const ProjectPlan& plan, const Block& block, int count, int step, int row, int rows, float* c) {
+  const Use* end = plan.uses + plan.uses_from[block.projection + 1];
+  for (const Use* use = find_use(plan, block.projection, row); use < end && use->start < row + rows; ++use) {
+    const int first = use->start > row ? use->start : row;
+    const int last = use->stop < row + rows ? use->stop : row + rows;
+    const Use* next = use + 1 < end && use[1].dtype == use->dtype ? use + 1 : nullptr;
+    float* cu = c + (first - row) * kStride;
+    if (use->dtype == DType::bfloat16)
+      apply<bf16>(*use, next, plan.arena, block.column, block.width, count, step, first, last - first, cu);
+    else
+      apply<float>(*use, next, plan.arena, block.column, block.width, count, step, first, last - first, cu);
+  }
+}
+
+// Everything after the GEMM, on c[rows][32 panels]; then the result goes to y.
+void epilogue(const ProjectPlan& plan, int panel, int panels, int row, int rows, float* c) {
   const Block* blocks = plan.blocks + 2 * panel;
-  for (int i = 0; i < 2; ++i) {
-    const Block& block = blocks[i];
-    if (block.width == 0) continue;
-    float* ci = c + i * kBlock;
-    const float* bias = plan.bias + panel * kPanel + i * kBlock;
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec b = vload(bias + v * kLanes);
+  const int count = 2 * panels;
+  if (plan.scale || plan.bias)
+    for (int i = 0; i < count * kBlock; i += kLanes) {
+      const Vec scale = plan.scale ? vload(plan.scale + panel * kPanel + i) : vset(1.0f);
+      const Vec bias = plan.bias ? vload(plan.bias + panel * kPanel + i) : vset(0.0f);
       for (int r = 0; r < rows; ++r) {
-        float* p = ci + r * kPanel + v * kLanes;
-        vstore(p, vload(p) + b);
+        float* p = c + r * kStride + i;
+        vstore(p, vfma(vload(p), scale, bias));
       }
     }
-    const Use* end = plan.uses + plan.uses_from[block.projection + 1];
-    for (const Use* use = find_use(plan, block.projection, row); use < end && use->start < row + rows; ++use) {
-      const int first = use->start > row ? use->start : row;
-      const int last = use->stop < row + rows ? use->stop : row + rows;
-      float* cu = ci + (first - row) * kPanel;
-      if (use->dtype == DType::bfloat16)
-        apply<bf16>(*use, plan.arena, block.column, block.width, first, last - first, cu);
-      else
-        apply<float>(*use, plan.arena, block.column, block.width, first, last - first, cu);
-    }
-  }
+  // runs of full blocks of one projection: neighbours, or every other one where they alternate
+  const int every = plan.paired ? 2 : 1;
+  if (plan.uses_from[plan.num_projections] > 0)
+    for (int s = 0; s < every; ++s)
+      for (int i = s; i < count;) {
+        int j = i + every;
+        while (blocks[i].width == kBlock && j < count && blocks[j].width == kBlock && blocks[j].projection == blocks[i].projection)
+          j += every;
+        if (blocks[i].width) apply_uses(plan, blocks[i], (j - i) / every, every * kBlock, row, rows, c + i * kBlock);
+        i = j;
+      }
   const bool pair = plan.activation == Activation::silu_mul || plan.activation == Activation::gelu_tanh_mul;
-  for (int i = 0; i < (pair ? 1 : 2); ++i) {
+  for (int i = 0; i < count; i += pair ? 2 : 1) {
     const Block& block = blocks[i];
-    for (int v = 0; v < kVecs; ++v) {
+    for (int v = 0; v * kLanes < block.width; ++v) {
       const int left = block.width - v * kLanes < kLanes ? block.width - v * kLanes : kLanes;
-      if (left <= 0) break;
       for (int r = 0; r < rows; ++r) {
-        const float* p = c + r * kPanel + i * kBlock + v * kLanes;
+        const float* p = c + r * kStride + i * kBlock + v * kLanes;
         float* y = plan.y + static_cast<std::size_t>(row + r) * plan.y_stride + block.out + v * kLanes;
         Vec value = activate(plan.activation, vload(p));
         if (pair) value = value * vload(p + kBlock);
-        if (plan.add) value = value + vload(y, left);
-        vstore(y, value, left);
+        if (left == kLanes) {
+          vstore(y, plan.add ? value + vload(y) : value);
+        } else {
+          vstore(y, plan.add ? value + vload(y, left) : value, left);
+        }
       }
     }
   }
 }
 
-void run_panel(const ProjectPlan& plan, int panel, int first, int last, float* c) {
+// Panels [panel, panel + panels) of rows [first, last). With weights to unpack, several panels
+// only if the rows fit one pass.
+void run_panels(const ProjectPlan& plan, int panel, int panels, int first, int last, std::byte* work) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
-  const Block* blocks = plan.blocks + 2 * panel;
-  const int p0 = blocks[0].projection, p1 = blocks[1].width ? blocks[1].projection : p0;
-  const std::byte* weights = plan.weights + panel * plan.panel_bytes;
+  const bool stored = plan.dtype == DType::float32 || plan.dtype == DType::bfloat16;
+  float* c = reinterpret_cast<float*>(work);
+  float* other = c + 32 * kStride;
+  std::byte* room = work + 2 * 32 * kStride * sizeof(float);
   for (int row = first; row < last; row += 32) {
     const int rows = last - row < 32 ? last - row : 32;
-    gemm(plan, p0, row, rows, weights, row == first, c);
-    bool same = true;  // do both blocks see the same inputs?
-    for (int t = row / kRowTile; p0 != p1 && t <= (row + rows - 1) / kRowTile; ++t)
-      same = same && plan.tiles[p0 * row_tiles + t] == plan.tiles[p1 * row_tiles + t];
-    if (!same) {
-      float* other = c + 32 * kPanel;
-      gemm(plan, p1, row, rows, weights, false, other);
-      for (int r = 0; r < rows; ++r) std::memcpy(c + r * kPanel + kBlock, other + r * kPanel + kBlock, kBlock * sizeof(float));
+    for (int i = 0; i < panels; ++i) {
+      const Block* blocks = plan.blocks + 2 * (panel + i);
+      const int p0 = blocks[0].projection, p1 = blocks[1].width ? blocks[1].projection : p0;
+      const std::byte* weights = plan.weights + (panel + i) * plan.panel_bytes;
+      if (!stored) weights = row == first ? unpack(plan, weights, room) : room;
+      gemm(plan, p0, row, rows, weights, stored && row == 0, c + i * kPanel);
+      bool same = true;  // do both blocks see the same inputs?
+      for (int t = row / kRowTile; p0 != p1 && t <= (row + rows - 1) / kRowTile; ++t)
+        same = same && plan.tiles[p0 * row_tiles + t] == plan.tiles[p1 * row_tiles + t];
+      if (!same) {
+        gemm(plan, p1, row, rows, weights, false, other);
+        for (int r = 0; r < rows; ++r)
+          std::memcpy(c + r * kStride + i * kPanel + kBlock, other + r * kStride + kBlock, kBlock * sizeof(float));
+      }
     }
-    epilogue(plan, panel, row, rows, c);
+    epilogue(plan, panel, panels, row, rows, c);
   }
 }
 
+// Rows per item: all if there are panels enough for the threads.
+int chunk_rows(const ProjectPlan& plan) {
+  constexpr int kMost = 512;
+  const int wanted = 4 * plan.threads->size(), chunks = (wanted + plan.num_panels - 1) / plan.num_panels;
+  int rows = (plan.rows + chunks - 1) / chunks;
+  rows = rows < 32 ? 32 : (rows + 31) / 32 * 32;
+  return rows < kMost ? rows : kMost;
+}
+
 void project(const ProjectPlan& plan) {
-  constexpr int kChunk = 128;  // rows per item
   ThreadPool& threads = *plan.threads;
-  const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile, chunks = (plan.rows + kChunk - 1) / kChunk;
+  const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile, chunk = chunk_rows(plan);
+  const int chunks = (plan.rows + chunk - 1) / chunk;
   const bool prepare = plan.input || plan.norm.kind != NormKind::none || plan.scaled;
+  const bool stored = plan.dtype == DType::float32 || plan.dtype == DType::bfloat16;
+  const int most = stored || plan.rows <= 32 ? kGroup : 1;
   threads.share(0, row_tiles);
   threads.share(1, plan.num_shrinks);
   threads.share(2, plan.num_panels * chunks);
   threads.run([&](int worker) {
+    std::byte* work = plan.work + worker * plan.work_bytes;
     enter();
     if (prepare) {
       for (int i; (i = threads.next(0, worker)) >= 0;) input_tile(plan, i);
       threads.barrier();
     }
     if (plan.num_shrinks) {
-      for (int i; (i = threads.next(1, worker)) >= 0;) {
-        const ShrinkTask& task = plan.shrinks[i];
-        if (task.use->dtype == DType::bfloat16)
-          shrink<bf16>(plan, task);
-        else
-          shrink<float>(plan, task);
-      }
+      while (const ThreadPool::Run run = threads.take(1, worker, 4))
+        for (int i = run.first; i < run.last; ++i) {
+          const ShrinkTask& task = plan.shrinks[i];
+#if defined(__AMX_BF16__)
+          if (plan.turned && task.use->dtype == DType::bfloat16) {
+            const ShrinkTask* next = i + 1 < plan.num_shrinks ? &task + 1 : nullptr;
+            shrink_tiles(plan, task, next && next->use->dtype == DType::bfloat16 ? next : nullptr, work);
+            continue;
+          }
+#endif
+          shrink_any(plan, task);
+        }
       threads.barrier();
     }
-    float* c = reinterpret_cast<float*>(plan.work + worker * kWorkBytes);
-    for (int i; (i = threads.next(2, worker)) >= 0;) {
-      const int first = i % chunks * kChunk;
-      run_panel(plan, i / chunks, first, first + kChunk < plan.rows ? first + kChunk : plan.rows, c);
-    }
+    while (const ThreadPool::Run run = threads.take(2, worker, most))
+      for (int i = run.first; i < run.last;) {  // item = chunk of rows, panel
+        const int panel = i % plan.num_panels, first = i / plan.num_panels * chunk;
+        int panels = plan.num_panels - panel;
+        if (panels > run.last - i) panels = run.last - i;
+        run_panels(plan, panel, panels, first, first + chunk < plan.rows ? first + chunk : plan.rows, work);
+        i += panels;
+      }
     leave();
   });
 }
@@ -557,6 +849,6 @@ void norm_rows(ThreadPool& threads, const float* x, int rows, int features, cons
 
 }  // namespace
 
-CHILIAD_EXPORT(LinearOps, linear_ops) = {project, norm_rows, kBf16Tiles};
+CHILIAD_EXPORT(LinearOps, linear_ops) = {project, norm_rows, kBf16Tiles, kAmx};
 
 }  // namespace chiliad

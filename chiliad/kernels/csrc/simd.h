@@ -51,6 +51,9 @@ CHILIAD_INLINE Vec vload(const bf16* p, int n) {
 }
 CHILIAD_INLINE void vstore(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 CHILIAD_INLINE void vstore(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, vmask(n), x); }
+CHILIAD_INLINE Vec vload(const std::int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 CHILIAD_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 CHILIAD_INLINE Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 CHILIAD_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
@@ -97,6 +100,9 @@ CHILIAD_INLINE Vec vload(const bf16* p, int n) {
 }
 CHILIAD_INLINE void vstore(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 CHILIAD_INLINE void vstore(float* p, Vec x, int n) { _mm256_maskstore_ps(p, vmask(n), x); }
+CHILIAD_INLINE Vec vload(const std::int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 CHILIAD_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 CHILIAD_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 CHILIAD_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -135,6 +141,9 @@ CHILIAD_INLINE Vec vload(const T* p, int n) {
 CHILIAD_INLINE void vstore(float* p, Vec x) { std::memcpy(p, &x, 16); }
 CHILIAD_INLINE void vstore(float* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+CHILIAD_INLINE Vec vload(const std::int8_t* p) {
+  return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
 }
 CHILIAD_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 CHILIAD_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }

@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <chrono>
 #include <fstream>
 #include <set>
@@ -116,20 +117,30 @@ void ThreadPool::share(int phase, int count) {
 }
 
 int ThreadPool::next(int phase, int worker) {
+  const Run run = take(phase, worker, 1);
+  return run ? run.first : -1;
+}
+
+ThreadPool::Run ThreadPool::take(int phase, int worker, int most) {
   for (int i = 0; i < size_; ++i) {
     const int owner = (worker + i) % size_;
     std::atomic<std::uint64_t>& bounds = ranges_[phase * size_ + owner].bounds;
     std::uint64_t now = bounds.load(std::memory_order_relaxed);
     for (;;) {
-      const std::uint32_t first = static_cast<std::uint32_t>(now), last = static_cast<std::uint32_t>(now >> 32);
+      const int first = static_cast<int>(now & 0xffffffff), last = static_cast<int>(now >> 32);
       if (first >= last) break;
-      const bool own = i == 0;
-      const std::uint64_t then = own ? now + 1 : now - (std::uint64_t{1} << 32);
-      if (bounds.compare_exchange_weak(now, then, std::memory_order_relaxed))
-        return static_cast<int>(own ? first : last - 1);
+      const int count = std::clamp((last - first) / 3, 1, most);
+      const Run run = i == 0 ? Run{first, first + count} : Run{last - count, last};
+      const std::uint64_t then =
+          i == 0 ? now + static_cast<std::uint64_t>(count) : now - (static_cast<std::uint64_t>(count) << 32);
+      if (size_ == 1) {
+        bounds.store(then, std::memory_order_relaxed);
+        return run;
+      }
+      if (bounds.compare_exchange_weak(now, then, std::memory_order_relaxed)) return run;
     }
   }
-  return -1;
+  return {0, 0};
 }
 
 }  // namespace chiliad

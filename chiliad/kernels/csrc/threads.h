@@ -38,6 +38,13 @@ class ThreadPool {
   void share(int phase, int count);
   int next(int phase, int worker);
 
+  // The same in runs of up to `most` items, shorter towards the end so that all finish together.
+  struct Run {
+    int first, last;
+    explicit operator bool() const { return first < last; }
+  };
+  Run take(int phase, int worker, int most);
+
  private:
   using Call = void (*)(const void*, int);
   struct alignas(64) Range {  // low 32 bits: next item from the front; high: end
