@@ -240,10 +240,11 @@ class Engine:
 
     def _publish(self, plan: StepPlan, out: StepOutput) -> None:
         for index, scored in out.prompt_logprobs.items():
-            sequence = plan.work[index].sequence
-            choice = self._live[sequence.request.id].choices[sequence.index]
+            work = plan.work[index]
+            choice = self._live[work.sequence.request.id].choices[work.sequence.index]
             if choice.prompt_logprobs is not None:
-                choice.prompt_logprobs.extend(scored)
+                # a preempted sequence computes its prompt again: replace, do not repeat
+                choice.prompt_logprobs[work.start + 1 :] = scored
         sampled = (work.sequence for work in plan.work if work.sample)
         for sequence, token, logprob in zip(sampled, out.tokens, out.logprobs, strict=True):
             self._push(sequence, token, logprob)
