@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,7 @@ from chiliad.errors import ChiliadError, InvalidConfig, InvalidRequest
 if TYPE_CHECKING:
     from chiliad.adapters.registry import Entry, Registry
     from chiliad.engine.llm import LLM
+    from chiliad.engine.stream import AsyncEngine
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -274,34 +275,47 @@ def serve(
     )
     from chiliad.serve import server
 
-    sock = server.bind(config)
-    with _busy(f"loading {model}"):
-        from chiliad.adapters.registry import Registry
-        from chiliad.engine.engine import Engine
-        from chiliad.engine.stream import AsyncEngine
-        from chiliad.kernels import load
-        from chiliad.models import load_model
+    with server.bind(config) as sock:  # before the model is loaded: a taken port should not cost a minute
+        with _busy(f"loading {model}"):
+            settings = _engine_config(options, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
+            engine = _async_engine(model, settings, place / "registry.sqlite", folders)
+        _announce(engine, config, sock.getsockname()[1])
+        if not server.serve(engine, config, sock):
+            raise SystemExit(1)
 
-        settings = _engine_config(options, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
-        kernels = load(settings.kernel.kernels, settings.kernel.isa, settings.kernel.threads)
-        base = load_model(model, kernels, settings.dtype, settings.max_model_len)
-        registry = Registry(place / "registry.sqlite", base.info)
-        for folder in folders:
-            _report_scan(registry, folder)
-        engine = AsyncEngine(lambda sink: Engine(base, kernels, registry, settings, sink))
+
+def _async_engine(
+    model: str, settings: EngineConfig, registry_file: Path, folders: tuple[Path, ...]
+) -> AsyncEngine:
+    from chiliad.adapters.registry import Registry
+    from chiliad.engine.engine import Engine
+    from chiliad.engine.stream import AsyncEngine
+    from chiliad.kernels import load
+    from chiliad.models import load_model
+
+    kernels = load(settings.kernel.kernels, settings.kernel.isa, settings.kernel.threads)
+    base = load_model(model, kernels, settings.dtype, settings.max_model_len)
+    registry = Registry(registry_file, base.info)
+    for folder in folders:
+        _report_scan(registry, folder)
+    return AsyncEngine(lambda sink: Engine(base, kernels, registry, settings, sink))
+
+
+def _announce(engine: AsyncEngine, config: ServerConfig, port: int) -> None:
     inner = engine.engine
-    _note(f"model     {name or base.name}, {base.info.family}, {_size(base.nbytes)} in {settings.dtype}")
+    base, kernels, settings = inner.model, inner.kernels, inner.config
+    _note(
+        f"model     {config.model_name or base.name}, {base.info.family}, "
+        f"{_size(base.nbytes)} in {settings.dtype}"
+    )
     _note(f"kernels   {kernels.name}: {kernels.reason}")
     _note(
         f"memory    {_size(settings.memory)}: {inner.pool.num_pages} pages of "
         f"{_size(inner.layout.page_bytes)} for KV cache and adapters"
     )
-    _note(f"adapters  {registry.count()} registered")
-    host, port = sock.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    _note(f"listening http://{shown}:{port}/v1{'' if keys else '  (no key: this machine only)'}")
-    if not server.serve(engine, config, sock):
-        raise SystemExit(1)
+    _note(f"adapters  {engine.registry.count()} registered")
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    _note(f"listening http://{host}:{port}/v1{'' if config.api_keys else '  (no key: this machine only)'}")
 
 
 @cli.command()
@@ -737,10 +751,11 @@ def bench_offline(model: str, folders: tuple[Path, ...], output: str, **options:
         "alpha", "seed", "cold",
     }  # fmt: skip
     workload = offline.Workload(**{key: options[key] for key in names})
-    with _busy(f"loading {model}"):
-        run = offline.prepare(model, _engine_config(options), workload, folders)
-    with _busy(f"running {workload.requests} requests, {workload.concurrency} at a time"):
-        result = run()
+    with ExitStack() as stack:
+        with _busy(f"loading {model}"):
+            run = stack.enter_context(offline.prepared(model, _engine_config(options), workload, folders))
+        with _busy(f"running {workload.requests} requests, {workload.concurrency} at a time"):
+            result = run()
     if output == "json":
         _print_json(result.as_json())
     else:

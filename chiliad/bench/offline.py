@@ -10,7 +10,8 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,34 +133,30 @@ class Result:
         return "\n".join(lines)
 
 
-def prepare(
+@contextmanager
+def prepared(
     model: str, config: EngineConfig, workload: Workload, folders: tuple[Path, ...] = ()
-) -> Callable[[], Result]:
-    """Load everything; the returned function runs the workload once and measures it."""
+) -> Iterator[Callable[[], Result]]:
+    """Load everything; the function it gives runs the workload once and measures it."""
     kernels = load(config.kernel.kernels, config.kernel.isa, config.kernel.threads)
     base = load_model(model, kernels, config.dtype, config.max_model_len)
     registry = Registry(":memory:", base.info)
     for folder in folders:
         registry.scan(folder)
-    scratch = tempfile.TemporaryDirectory(prefix="chiliad-bench-")
-    _make_adapters(registry, Path(scratch.name), workload)
-    versions = [entry.adapter for entry in registry.page(limit=100_000)]
     events: list[Event] = []
     engine = Engine(base, kernels, registry, config, events.extend)
-    if workload.input_len + workload.output_len > engine.max_model_len:
-        raise InvalidRequest(f"input and output do not fit {engine.max_model_len} tokens: shorten them")
-    loop = _Loop(engine, events, workload, versions)
-    if not workload.cold:
-        loop.warm_up()
-
-    def run() -> Result:
-        try:
-            return loop.run(base.name, config, kernels.name)
-        finally:
-            engine.close()
-            scratch.cleanup()
-
-    return run
+    with ExitStack() as stack:
+        stack.callback(engine.close)
+        stack.callback(registry.close)
+        if workload.input_len + workload.output_len > engine.max_model_len:
+            raise InvalidRequest(f"input and output do not fit {engine.max_model_len} tokens: shorten them")
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="chiliad-bench-"))
+        _make_adapters(registry, Path(scratch), workload)
+        versions = [entry.adapter for entry in registry.page(limit=100_000)]
+        loop = _Loop(engine, events, workload, versions)
+        if not workload.cold:
+            loop.warm_up()
+        yield lambda: loop.run(base.name, config, kernels.name)
 
 
 def _make_adapters(registry: Registry, folder: Path, workload: Workload) -> None:
