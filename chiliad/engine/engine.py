@@ -290,7 +290,7 @@ class Engine:
             return
         live = _Live(request, sequences=sequences, open=len(sequences))
         for sequence in sequences:
-            stream = self.tokenizer.stream(request.params.skip_special_tokens)
+            stream = self.tokenizer.stream(request.params.skip_special_tokens, request.prompt)
             live.choices[sequence.index] = Choice(
                 request, sequence.index, stream, self.tokenizer.eos_ids, request.params.max_tokens
             )
