@@ -34,7 +34,7 @@ START_SECONDS = 120
 #: Shown side by side: what each adapter was made for, written for this demo (not training data).
 PROMPTS = (
     "how bad is the traffic on my way to the office this morning",
-    "could you read me something to cook with chicken and rice",
+    "give me something to cook with chicken and rice",
     "I ordered a card two weeks ago and it is still not here",
     "the cash machine took my card and did not give it back",
     "name[The Copper Kettle], eatType[pub], food[Italian], priceRange[cheap], area[riverside]",
@@ -54,18 +54,18 @@ class Client(Protocol):
         """One greedy chat completion."""
 
 
-def run(folder: Path | None = None, requests: int = 64, tokens: int = 64) -> None:
+def run(folder: Path | None = None, synthetic: int = SYNTHETIC, requests: int = 64, tokens: int = 64) -> None:
     """Run the whole demo; results on stdout, progress on stderr. Raises ChiliadError.
 
     folder: where adapters and the server's log are kept (default: the user's cache folder).
-    requests, tokens: size of the timed batches.
+    synthetic: number of random adapters. requests, tokens: size of the timed batches.
     """
     from platformdirs import user_cache_path
 
     folder = folder or user_cache_path("chiliad") / "demo"
     _say(f"folder    {folder} (kept for the next run; delete it when you like)")
     adapters = folder / "adapters"
-    names = _prepare_adapters(adapters)
+    names = _prepare_adapters(adapters, synthetic)
     with _server(adapters, folder) as client:
         _side_by_side(client)
         _throughput(client, names, requests, tokens)
@@ -87,7 +87,7 @@ def trained_adapters() -> Path:
 # -- adapters ----------------------------------------------------------------------------
 
 
-def _prepare_adapters(folder: Path) -> list[str]:
+def _prepare_adapters(folder: Path, synthetic: int) -> list[str]:
     """Copy the trained adapters, write the random ones; returns the names of the random ones."""
     from chiliad.testing import SMOLLM2, base_info, write_random_adapter
 
@@ -97,7 +97,7 @@ def _prepare_adapters(folder: Path) -> list[str]:
         shutil.copytree(source / name, folder / name, dirs_exist_ok=True)
     _say(f"adapters  {len(TRAINED)} trained: {', '.join(TRAINED)} ({_size(source)})")
     info = base_info(SMOLLM2)
-    ranks = [1 + i * (MAX_RANK - 1) // (SYNTHETIC - 1) for i in range(SYNTHETIC)]
+    ranks = [1 + i * (MAX_RANK - 1) // max(1, synthetic - 1) for i in range(synthetic)]
     names = [f"random-{i:03}-r{rank}" for i, rank in enumerate(ranks)]
     missing = [
         (name, rank)
@@ -118,7 +118,7 @@ def _prepare_adapters(folder: Path) -> list[str]:
         _say(f"adapters  writing {len(missing)} random ones ({need / 1e6:.0f} MB)")
         for i, (name, rank) in enumerate(missing):
             write_random_adapter(folder / name, info, rank, seed=i)
-    _say(f"adapters  {SYNTHETIC} random, q and v, ranks 1 to {MAX_RANK} ({_size(folder)} in all)")
+    _say(f"adapters  {synthetic} random, q and v, ranks 1 to {MAX_RANK} ({_size(folder)} in all)")
     return names
 
 
