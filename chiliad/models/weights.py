@@ -7,7 +7,7 @@ the peak is the packed model plus one part.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -116,10 +116,10 @@ def build_parts(source: Source, plan: Blueprint, kernels: Kernels, dtype: str) -
     dtype is that of the layers' projections; see `head_dtype` for the rest. Raises InvalidModel
     where tensors are missing, extra or misshapen.
     """
-    check_shapes(source.shapes(), plan)
+    found, needed = source.shapes(), plan.shapes()
+    check_shapes(found, plan)
     if dtype == "int4":
         _check_groups(plan)
-    needed = plan.shapes()
     owners: dict[str, list[tuple[str, Linear | Norm | Table]]] = {}
     users: dict[str, int] = {}
     for role, part in plan.parts().items():
@@ -129,13 +129,15 @@ def build_parts(source: Source, plan: Blueprint, kernels: Kernels, dtype: str) -
     parts = Parts()
     hashes: dict[str, bytes] = {}
     held: dict[str, Tensor] = {}  # tensors that wait for the rest of their part
-    twins: dict[str, Tensor] = {}  # tied weights that are both stored
+    # A tied head that is stored too must equal the embedding; each waits for the other.
+    tied = plan.tied if plan.tied is not None and plan.tied[0] in found else ()
+    twins: dict[str, Tensor] = {}
     for stored, tensor in source.tensors():
         name = plan.canonical(stored, needed)
-        if plan.tied is not None and name in plan.tied:
+        if name in tied:
             twins[name] = tensor
             if len(twins) == 2 and not torch.equal(*(t.float() for t in twins.values())):
-                raise InvalidModel(f"the config ties {plan.tied[0]} to {plan.tied[1]}, but they differ")
+                raise InvalidModel(f"the config ties {' to '.join(tied)}, but the two differ")
         if name not in owners:
             continue  # known to be harmless, or the check above had refused it
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -176,12 +178,13 @@ def table_dtype(dtype: str) -> torch.dtype:
 
 
 def fingerprint(arch: Arch, weights_digest: str) -> str:
-    """Identity of a base: architecture facts and sampled weights.
+    """Identity of a base: what it computes, from architecture facts and sampled weights.
 
     Sampling keeps it cheap: models that differ only in a few single weights may share a
     fingerprint; fine-tunes do not. File format and storage dtype do not enter.
     """
-    return hashlib.blake2b(f"{arch}{weights_digest}".encode(), digest_size=32).hexdigest()
+    facts = replace(arch, bos_id=None, eos_ids=())
+    return hashlib.blake2b(f"{facts}{weights_digest}".encode(), digest_size=32).hexdigest()
 
 
 def _sample_hash(name: str, tensor: Tensor) -> bytes:

@@ -214,6 +214,8 @@ def test_fingerprint_follows_weights_and_architecture_only(llama: Path, tmp_path
     assert fingerprint(llama) == identity
     tiny_model(tmp_path / "copy", _name_or_path="another/name")
     assert fingerprint(tmp_path / "copy") == identity
+    edit_config(tmp_path / "copy", eos_token_id=7)
+    assert fingerprint(tmp_path / "copy") == identity
     edit_config(tmp_path / "copy", rope_theta=10001.0)
     assert fingerprint(tmp_path / "copy") != identity
     tiny_model(tmp_path / "other", seed=1)
