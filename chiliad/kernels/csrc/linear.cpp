@@ -59,7 +59,7 @@ void pack_int8(const Source& weight, int row, std::int8_t* to, float& scale) {
   for (int k = 0; k < weight.in_features; ++k) most = std::max(most, std::fabs(weight(row, k)));
   scale = std::max(most, 1e-12f) / 127;
   for (int k = 0; k < weight.in_features; ++k)
-    to[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2] =
+    to[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2 * 16] =
         static_cast<std::int8_t>(std::clamp(std::nearbyint(weight(row, k) / scale), -127.0f, 127.0f));
 }
 
@@ -97,7 +97,7 @@ void pack_block(PackedLinear& linear, const Source& weight, int index, std::byte
       for (int k = 0; k < linear.in_features; ++k)
         to[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2] = round_bf16(weight(row, k));
     } else if (linear.dtype == DType::int8) {
-      pack_int8(weight, row, reinterpret_cast<std::int8_t*>(panel) + half * 512 + n * 2,
+      pack_int8(weight, row, reinterpret_cast<std::int8_t*>(panel) + half * 512 + n,
                 linear.scale[static_cast<std::size_t>(index) * kBlock + n]);
     } else {
       pack_int4(weight, row, n, panel + half * kInt4Tile);

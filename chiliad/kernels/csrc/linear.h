@@ -5,7 +5,8 @@
 // from front to back:
 //   float32   [K][32]
 //   bfloat16  [K / 32][2 blocks][16 pairs of k][16 columns][2]    (tiles of 1 KB)
-//   int8      the same with bytes (tiles of 512 B); one scale per column, applied to the sums
+//   int8      the same with bytes, even before odd k: [16 pairs][2][16 columns] (tiles of 512 B);
+//             one scale per column, applied to the sums
 //   int4      [K / 32][2 blocks]: 16 rows of 16 bytes (byte i: elements i and 16 + i of the tile's
 //             row), then one float16 scale per column for these 32 k
 // int8 and int4 are ways to store a bfloat16 weight: a thread unpacks a panel into its own

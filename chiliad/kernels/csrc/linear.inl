@@ -328,6 +328,90 @@ void shrink_tiles(const ProjectPlan& plan, const ShrinkTask& task, const ShrinkT
 
 #endif
 
+// ---- phase 2: weights stored in fewer bits ----
+
+CHILIAD_INLINE float half_to_float(std::uint16_t h) {
+  const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16, magnitude = h & 0x7fffu;
+  if (magnitude < 0x400) {  // subnormal: a multiple of 2^-24
+    const float y = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign ? -y : y;
+  }
+  const std::uint32_t bits = sign | ((magnitude << 13) + 0x38000000u);
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// One tile of int4: 16 rows of 32 elements, times the scale of their column.
+void unpack_int4(const std::byte* from, bf16* to) {
+#if defined(__AVX512F__)
+  const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 256)));
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512 low_scale = _mm512_permutexvar_ps(twice, scale);
+  const __m512 high_scale = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
+  const __m512 levels = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+  for (int i = 0; i < 16; ++i, to += 32) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)));
+    const __m512 low = _mm512_permutexvar_ps(bytes, levels) * low_scale;  // looks at 4 bits only
+    const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels) * high_scale;
+#if defined(__AVX512BF16__)
+    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+    std::memcpy(to, &both, 64);
+#else
+    vstore_bf16(to, low);
+    vstore_bf16(to + 16, high);
+#endif
+  }
+#else
+  float scale[32];
+  for (int n = 0; n < 16; ++n) {
+    std::uint16_t h;
+    std::memcpy(&h, from + 256 + 2 * n, 2);
+    scale[2 * n] = scale[2 * n + 1] = half_to_float(h);
+  }
+  for (int i = 0; i < 16; ++i, to += 32) {
+    std::int8_t level[32];
+    for (int e = 0; e < 16; ++e) {
+      const int byte = static_cast<int>(from[16 * i + e]);
+      level[e] = static_cast<std::int8_t>((byte & 15) - 8);
+      level[16 + e] = static_cast<std::int8_t>((byte >> 4) - 8);
+    }
+    for (int e = 0; e < 32; e += kLanes) vstore_bf16(to + e, vload(level + e) * vload(scale + e));
+  }
+#endif
+}
+
+// One tile of int8: 16 rows of 16 even, then 16 odd elements. Whole numbers up to 127 are exact.
+void unpack_int8(const std::byte* from, bf16* to) {
+  const auto* p = reinterpret_cast<const std::int8_t*>(from);
+#if defined(__AVX512F__)
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  for (int i = 0; i < 16; ++i, p += 32, to += 32) {
+    const __m512i even = _mm512_srli_epi32(_mm512_castps_si512(vload(p)), 16);
+    const __m512i odd = _mm512_castps_si512(vload(p + 16));
+    _mm512_store_si512(to, _mm512_ternarylogic_epi32(upper, odd, even, 0xea));  // (upper & odd) | even
+  }
+#else
+  for (int i = 0; i < 16; ++i, p += 32)
+    for (int n = 0; n < 16; ++n) {
+      *to++ = to_bf16(p[n]);
+      *to++ = to_bf16(p[16 + n]);
+    }
+#endif
+}
+
+// Tiles 2 step and 2 step + 1 of a panel. What is needed a little later is fetched.
+CHILIAD_INLINE void unpack_pair(DType dtype, const std::byte* panel, int step, std::byte* to) {
+  const int bytes = 2 * (dtype == DType::int4 ? kInt4Tile : 512), half = bytes / 2;
+  const std::byte* from = panel + static_cast<std::size_t>(step) * bytes;
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + 2048 + line, 0, 2);
+  for (int i = 0; i < 2; ++i)
+    if (dtype == DType::int4)
+      unpack_int4(from + i * half, reinterpret_cast<bf16*>(to) + i * 512);
+    else
+      unpack_int8(from + i * half, reinterpret_cast<bf16*>(to) + i * 512);
+}
+
 // ---- phase 2: panels ----
 
 // c[R][32] = a[R][K] * panel; float32. Rows of c are kStride apart. One accumulator per output.
@@ -475,6 +559,38 @@ void gemm_amx(const std::byte* a0, const std::byte* a1, const std::byte* b, int 
   if (Two) _tile_stored(3, c + 16 * kStride + 16, kStride * 4);
 }
 
+// The same with weights to unpack: multiply step k - 2 while step k is unpacked, so that neither
+// memory nor the tile unit waits. Keep: leave the whole panel in room (else it is a ring).
+template <bool Two, bool Keep>
+void gemm_amx_unpack(DType dtype, const std::byte* a0, const std::byte* a1, const std::byte* panel, std::byte* room,
+                     int k_padded, float* c) {
+  constexpr int kLag = 2, kMask = Keep ? -1 : 3;
+  const int steps = k_padded / 32;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (Two) _tile_zero(2);
+  if (Two) _tile_zero(3);
+  for (int k = 0; k < steps + kLag; ++k) {
+    if (k < steps) unpack_pair(dtype, panel, k, room + (k & kMask) * 2048);
+    if (k < kLag) continue;
+    const std::byte* b = room + ((k - kLag) & kMask) * 2048;
+    _tile_loadd(4, a0, 64);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + 1024, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (Two) _tile_loadd(5, a1, 64);
+    if (Two) _tile_dpbf16ps(2, 5, 6);
+    if (Two) _tile_dpbf16ps(3, 5, 7);
+    a0 += 1024;
+    a1 += 1024;
+  }
+  _tile_stored(0, c, kStride * 4);
+  _tile_stored(1, c + 16, kStride * 4);
+  if (Two) _tile_stored(2, c + 16 * kStride, kStride * 4);
+  if (Two) _tile_stored(3, c + 16 * kStride + 16, kStride * 4);
+}
+
 #else
 
 void enter() {}
@@ -503,91 +619,39 @@ void gemm_tile(const ProjectPlan& plan, const std::byte* tile, const std::byte* 
   for (; r < rows; ++r) pass.template operator()<1>(r);
 }
 
+// How a panel reaches the GEMM.
+enum class Source {
+  memory,    // as bfloat16 or float32, for the first time: fetch ahead
+  cache,     // as bfloat16 or float32
+  packed,    // int8 or int4, for the only time
+  unpacked,  // int8 or int4, for the first time: leave the unpacked panel in `room`
+};
+
 // c[rows][32] for up to 32 rows from `row` (a multiple of 16), with the inputs of projection p.
-void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* panel, [[maybe_unused]] bool fetch, float* c) {
+void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* panel, Source source, std::byte* room, float* c) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const std::byte* const* tiles = plan.tiles + p * row_tiles + row / kRowTile;
 #if defined(__AMX_BF16__)
   if (plan.dtype != DType::float32) {
     const bool two = rows > kRowTile;
-    auto* call = two ? (fetch ? gemm_amx<true, true> : gemm_amx<true, false>)
-                     : (fetch ? gemm_amx<false, true> : gemm_amx<false, false>);
-    return call(tiles[0], tiles[two], panel, plan.k_padded, c);
+    if (source == Source::memory || source == Source::cache) {
+      const bool fetch = source == Source::memory;
+      auto* call = two ? (fetch ? gemm_amx<true, true> : gemm_amx<true, false>)
+                       : (fetch ? gemm_amx<false, true> : gemm_amx<false, false>);
+      return call(tiles[0], tiles[two], panel, plan.k_padded, c);
+    }
+    const bool keep = source == Source::unpacked;
+    auto* call = two ? (keep ? gemm_amx_unpack<true, true> : gemm_amx_unpack<true, false>)
+                     : (keep ? gemm_amx_unpack<false, true> : gemm_amx_unpack<false, false>);
+    return call(plan.dtype, tiles[0], tiles[two], panel, room, plan.k_padded, c);
   }
 #endif
+  if (source == Source::packed || source == Source::unpacked) {
+    for (int step = 0; step < plan.k_padded / 32; ++step) unpack_pair(plan.dtype, panel, step, room + step * 2048);
+    panel = room;
+  }
   gemm_tile(plan, tiles[0], panel, rows < kRowTile ? rows : kRowTile, c);
   if (rows > kRowTile) gemm_tile(plan, tiles[1], panel, rows - kRowTile, c + kRowTile * kStride);
-}
-
-// ---- phase 2: weights stored in fewer bits ----
-
-CHILIAD_INLINE float half_to_float(std::uint16_t h) {
-  const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16, magnitude = h & 0x7fffu;
-  if (magnitude < 0x400) {  // subnormal: a multiple of 2^-24
-    const float y = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-    return sign ? -y : y;
-  }
-  const std::uint32_t bits = sign | ((magnitude << 13) + 0x38000000u);
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-
-// One tile of int4: 16 rows of 32 elements, times the scale of their column.
-void unpack_int4(const std::byte* from, bf16* to) {
-#if defined(__AVX512F__)
-  const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 256)));
-  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-  const __m512 low_scale = _mm512_permutexvar_ps(twice, scale);
-  const __m512 high_scale = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
-  const __m512 levels = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-  for (int i = 0; i < 16; ++i, to += 32) {
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)));
-    const __m512 low = _mm512_permutexvar_ps(bytes, levels) * low_scale;  // looks at 4 bits only
-    const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels) * high_scale;
-#if defined(__AVX512BF16__)
-    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-    std::memcpy(to, &both, 64);
-#else
-    vstore_bf16(to, low);
-    vstore_bf16(to + 16, high);
-#endif
-  }
-#else
-  float scale[32];
-  for (int n = 0; n < 16; ++n) {
-    std::uint16_t h;
-    std::memcpy(&h, from + 256 + 2 * n, 2);
-    scale[2 * n] = scale[2 * n + 1] = half_to_float(h);
-  }
-  for (int i = 0; i < 16; ++i, to += 32) {
-    std::int8_t level[32];
-    for (int e = 0; e < 16; ++e) {
-      const int byte = static_cast<int>(from[16 * i + e]);
-      level[e] = static_cast<std::int8_t>((byte & 15) - 8);
-      level[16 + e] = static_cast<std::int8_t>((byte >> 4) - 8);
-    }
-    for (int e = 0; e < 32; e += kLanes) vstore_bf16(to + e, vload(level + e) * vload(scale + e));
-  }
-#endif
-}
-
-// A panel as bfloat16 tiles, unpacked into `room` if it is stored in fewer bits.
-const std::byte* unpack(const ProjectPlan& plan, const std::byte* panel, std::byte* room) {
-  if (plan.dtype == DType::float32 || plan.dtype == DType::bfloat16) return panel;
-  bf16* to = reinterpret_cast<bf16*>(room);
-  for (int tile = 0; tile < plan.k_padded / 16; ++tile, to += 512) {
-    if (plan.dtype == DType::int4) {
-      const std::byte* from = panel + tile * kInt4Tile;
-      for (int line = 0; line < kInt4Tile; line += 64) __builtin_prefetch(from + 4096 + line);
-      unpack_int4(from, to);
-    } else {
-      const auto* from = reinterpret_cast<const std::int8_t*>(panel) + tile * 512;
-      for (int line = 0; line < 512; line += 64) __builtin_prefetch(from + 4096 + line);
-      for (int e = 0; e < 512; e += kLanes) vstore_bf16(to + e, vload(from + e));
-    }
-  }
-  return room;
 }
 
 // ---- phase 2: epilogue ----
@@ -767,13 +831,14 @@ void run_panels(const ProjectPlan& plan, int panel, int panels, int first, int l
       const Block* blocks = plan.blocks + 2 * (panel + i);
       const int p0 = blocks[0].projection, p1 = blocks[1].width ? blocks[1].projection : p0;
       const std::byte* weights = plan.weights + (panel + i) * plan.panel_bytes;
-      if (!stored) weights = row == first ? unpack(plan, weights, room) : room;
-      gemm(plan, p0, row, rows, weights, stored && row == 0, c + i * kPanel);
+      Source source = stored ? (row == 0 ? Source::memory : Source::cache) : last - first > 32 ? Source::unpacked : Source::packed;
+      if (!stored && row > first) source = Source::cache, weights = room;
+      gemm(plan, p0, row, rows, weights, source, room, c + i * kPanel);
       bool same = true;  // do both blocks see the same inputs?
       for (int t = row / kRowTile; p0 != p1 && t <= (row + rows - 1) / kRowTile; ++t)
         same = same && plan.tiles[p0 * row_tiles + t] == plan.tiles[p1 * row_tiles + t];
       if (!same) {
-        gemm(plan, p1, row, rows, weights, false, other);
+        gemm(plan, p1, row, rows, weights, stored ? Source::cache : source, room, other);
         for (int r = 0; r < rows; ++r)
           std::memcpy(c + r * kStride + i * kPanel + kBlock, other + r * kStride + kBlock, kBlock * sizeof(float));
       }
