@@ -762,6 +762,15 @@ def bench_offline(model: str, folders: tuple[Path, ...], output: str, **options:
         click.echo(result.as_text())
 
 
+@bench.command("kernels", context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def bench_kernels(args: tuple[str, ...]) -> None:
+    """Kernels against the ceilings of this machine (cases | step; --help says more)."""
+    from chiliad.bench import kernels
+
+    raise SystemExit(kernels.main(list(args) or ["step"]))
+
+
 @cli.command()
 def demo() -> None:
     """The whole story: real adapters and random ones, one server, one batch."""

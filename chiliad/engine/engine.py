@@ -331,8 +331,11 @@ class Engine:
         self.fail_all(Unavailable("the engine has stopped", retry_after=5.0))
         self.store.close()
 
-    def stats(self) -> EngineStats:
-        """A look between two steps (call it on the engine thread, through `call`)."""
+    def stats(self, registered: int | None = None) -> EngineStats:
+        """A look between two steps (call it on the engine thread, through `call`).
+
+        registered: the registry's count, if the caller took it elsewhere (it takes a scan).
+        """
         running = collections.Counter(
             use.adapter.name for s in self.scheduler.running for use in s.request.adapters
         )
@@ -350,7 +353,7 @@ class Engine:
             pages_total=self.pool.num_pages,
             pages=pages,
             page_bytes=self.layout.page_bytes,
-            adapters_registered=self.registry.count(),
+            adapters_registered=self.registry.count() if registered is None else registered,
             adapters_resident=resident,
             adapters_loading=loading,
             running_adapters=tuple(name for name, _ in running.most_common(64)),

@@ -130,7 +130,8 @@ class AsyncEngine:
         return await asyncio.wrap_future(self.engine.call(function))
 
     async def stats(self) -> EngineStats:
-        return await self.call(self.engine.stats)
+        registered = await asyncio.to_thread(self.registry.count)
+        return await self.call(lambda: self.engine.stats(registered))
 
     async def adapter_status(self, name: str) -> dict[str, object]:
         """State, tier, bytes, last use, load time and hits of one adapter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -48,9 +49,12 @@ def create_app(service: Service) -> ASGIApp:
         if service.config.uploads is not None:
             sweep(service.config.uploads)
         await service.engine.start()
+        report = asyncio.ensure_future(service.report())
         try:
             yield
         finally:
+            report.cancel()
+            await asyncio.gather(report, return_exceptions=True)
             await service.engine.stop()
 
     routes = [

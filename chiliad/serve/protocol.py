@@ -92,12 +92,12 @@ class GenerationBody(msgspec.Struct, kw_only=True):
 
 
 class Part(msgspec.Struct):
-    type: str
+    type: Annotated[str, Meta(extra_json_schema={"enum": ["text"]})]
     text: str | None = None
 
 
 class Message(msgspec.Struct):
-    role: str
+    role: Annotated[str, Meta(extra_json_schema={"enum": ["system", "developer", "user", "assistant"]})]
     content: str | list[Part] | None = None
     name: str | None = None
     tool_calls: list[Any] | None = None

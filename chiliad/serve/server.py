@@ -74,7 +74,8 @@ class Server(uvicorn.Server):
     async def _finish(self) -> None:
         service = self.service
         timeout = service.config.drain_timeout
-        log.info("draining: %d requests get %g s; signal again to abort", service.in_flight, timeout)
+        if service.in_flight:
+            log.info("draining: %d requests get %g s; signal again to abort", service.in_flight, timeout)
         try:
             await service.engine.drain(timeout)
             await service.engine.stop()  # whatever still runs ends with an error

@@ -153,6 +153,25 @@ class Service:
             self.in_flight -= 1
             self._release(request)
 
+    async def report(self, interval: float = 10.0) -> None:
+        """Log what the engine does, every `interval` seconds in which it does something."""
+        before, since = 0, time.perf_counter()
+        while True:
+            await asyncio.sleep(interval)
+            stats = await self.engine.stats()
+            tokens, now = stats.metrics.generation_tokens, time.perf_counter()
+            if tokens != before:
+                used = 100 * (1 - stats.pages.get("free", 0) / stats.pages_total)
+                log.info(
+                    "%d running, %d waiting, %.0f tokens/s, pool %.0f %% used, %d adapters resident",
+                    stats.running,
+                    stats.waiting,
+                    (tokens - before) / (now - since),
+                    used,
+                    stats.adapters_resident,
+                )
+            before, since = tokens, now
+
     # -- files of uploaded adapters ------------------------------------------------------------
 
     def _hold(self, request: Request) -> None:
