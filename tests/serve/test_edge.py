@@ -158,3 +158,16 @@ async def test_cancelled_requests_leave_the_engine(
         assert not engine.live
         assert service.in_flight == 0
         assert service.metrics.finished["abort"] == 2 * len(engine.cancelled) > 0
+
+
+async def test_activity_is_logged(
+    connect: Connect, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "chiliad")
+    async with connect() as client:
+        report = asyncio.ensure_future(client.service.report(interval=0.01))
+        while not caplog.messages:
+            await asyncio.sleep(0.01)
+        report.cancel()
+    assert "tokens/s" in caplog.messages[0]
+    assert len(caplog.messages) == 1  # nothing happened since
