@@ -1,0 +1,23 @@
+"""One mixed batch on the real model answers as PEFT does with each adapter alone.
+
+A small edition of benchmarks/peft_equality, which runs 100 prompts of 64 tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "peft_equality"))
+
+import compare
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own deprecations
+def test_mixed_batch_equals_peft() -> None:
+    report = compare.compare(count=26, tokens=12)
+    assert report["all_tokens"] == 26 * 12
+    assert report["equal_tokens"] == report["all_tokens"], report["adapters"]
+    assert report["max_dlogit"] <= 1e-4, report["adapters"]
