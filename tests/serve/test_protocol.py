@@ -89,69 +89,22 @@ def test_translation_never_crashes(tokenizer: Tokenizer, kind: str, body: dict[s
         assert all(0 <= token < tokenizer.vocab_size for token in p.logit_bias)
 
 
+OPENAI_CHAT = """
+messages model temperature top_p n stop stream stream_options max_tokens max_completion_tokens
+frequency_penalty presence_penalty logit_bias logprobs top_logprobs response_format tools tool_choice
+parallel_tool_calls metadata store service_tier reasoning_effort verbosity prompt_cache_key
+safety_identifier prediction modalities audio moderation web_search_options seed user functions
+function_call
+"""
+OPENAI_COMPLETION = """
+model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n presence_penalty seed stop
+stream stream_options suffix temperature top_p user
+"""
+
+
 def test_every_field_is_read_refused_or_a_label() -> None:
     """The fields of OpenAI's two request schemas; a new one must be decided on, not ignored."""
-    chat = set(
-        [
-            "messages",
-            "model",
-            "temperature",
-            "top_p",
-            "n",
-            "stop",
-            "stream",
-            "stream_options",
-            "max_tokens",
-            "max_completion_tokens",
-            "frequency_penalty",
-            "presence_penalty",
-            "logit_bias",
-            "logprobs",
-            "top_logprobs",
-            "response_format",
-            "tools",
-            "tool_choice",
-            "parallel_tool_calls",
-            "metadata",
-            "store",
-            "service_tier",
-            "reasoning_effort",
-            "verbosity",
-            "prompt_cache_key",
-            "safety_identifier",
-            "prediction",
-            "modalities",
-            "audio",
-            "moderation",
-            "web_search_options",
-            "seed",
-            "user",
-            "functions",
-            "function_call",
-        ]
-    )
-    completion = set(
-        [
-            "model",
-            "prompt",
-            "best_of",
-            "echo",
-            "frequency_penalty",
-            "logit_bias",
-            "logprobs",
-            "max_tokens",
-            "n",
-            "presence_penalty",
-            "seed",
-            "stop",
-            "stream",
-            "stream_options",
-            "suffix",
-            "temperature",
-            "top_p",
-            "user",
-        ]
-    )
+    chat, completion = set(OPENAI_CHAT.split()), set(OPENAI_COMPLETION.split())
     assert chat <= {*ChatBody.__struct_fields__, *protocol._REFUSED_CHAT, *protocol._LABELS}
     assert completion <= {*CompletionBody.__struct_fields__, *protocol._REFUSED_COMPLETION, *protocol._LABELS}
     assert not {*ChatBody.__struct_fields__} & {*protocol._REFUSED_CHAT, *protocol._LABELS}
