@@ -132,7 +132,8 @@ class Registry:
     """Adapters by name. Safe to use from any thread.
 
     path: a file, or ":memory:". With `base`, adapters are checked against it when they are
-    added, and those of other bases are kept but not listed.
+    added, and those of other bases are kept but not listed. Without (`chiliad adapters ls`),
+    folders are only read, and checked when a server resolves them.
     """
 
     def __init__(
@@ -218,21 +219,22 @@ class Registry:
         origin = f"scan:{root}"
         report = ScanReport()
         with self._lock:
-            known = dict(
-                self._db.execute(
-                    "SELECT v.name, v.path || '|' || v.stamp || '|' || v.base FROM adapter a "
+            known = {
+                name: (version, f"{path}|{stamp}", fingerprint)
+                for name, version, path, stamp, fingerprint in self._db.execute(
+                    "SELECT v.name, v.version, v.path, v.stamp, v.base FROM adapter a "
                     "JOIN version v ON v.name = a.name AND v.version = a.version WHERE v.origin = ?",
                     (origin,),
                 )
-            )
-        base = self.base.fingerprint if self.base else ""
-        rows: list[_Row] = []
+            }
+        bases = {self.base.fingerprint} if self.base else {fingerprint for *_, fingerprint in known.values()}
+        rows: list[tuple[_Row, int]] = []  # with the version that the name has had
         with os.scandir(root) as found:
             folders = sorted(item.name for item in found if item.is_dir() and not item.name.startswith("."))
         for name in folders:
             folder = root / name
             before = known.pop(name, None)
-            if before == f"{folder}|{peft.stamp(folder)}|{base}":
+            if before and before[1] == f"{folder}|{peft.stamp(folder)}" and before[2] in bases:
                 report.unchanged += 1
                 continue
             try:
@@ -241,8 +243,7 @@ class Registry:
                     raise InvalidAdapter(f"{folder} is a link out of {root}: add its target by name instead")
                 if before is None:
                     self._refuse_taken(name)
-                rows.append(self._inspect(folder, name, origin))
-                (report.added if before is None else report.replaced).append(name)
+                rows.append((self._inspect(folder, name, origin), before[0] if before else 0))
             except (AdapterError, InvalidRequest) as error:
                 report.rejected.append(Rejected(name, str(folder), error.code, error.message))
             except OSError as error:
@@ -251,8 +252,12 @@ class Registry:
                 )
         with self._writing():
             self._db.execute("DELETE FROM rejected WHERE origin = ?", (origin,))
-            for row in rows:
-                self._insert(row)
+            for row, version in rows:
+                adapter = self._insert(row)
+                if version == adapter.version:
+                    report.unchanged += 1
+                else:
+                    (report.replaced if version else report.added).append(adapter.name)
             self._db.executemany(
                 "INSERT OR REPLACE INTO rejected VALUES (?, ?, ?, ?, ?)",
                 [(bad.name, bad.path, bad.code, bad.message, origin) for bad in report.rejected],
@@ -266,7 +271,8 @@ class Registry:
         """What "name", "name@2" or an alias means now.
 
         Raises ModelNotFound, or the reason why a scan rejected that folder, or AdapterMismatch
-        when the adapter was registered for another base.
+        when the adapter was registered for another base. One that was registered without any
+        base is checked now, which may raise AdapterError.
         """
         with self._lock:
             entry = self._find(name)
@@ -280,7 +286,9 @@ class Registry:
                         f"adapter {name} was found but not accepted: {bad[0]}", param="model"
                     )
                 raise self._not_found(name)
-        if self.base is not None and entry.base not in ("", self.base.fingerprint):
+        if self.base is not None and not entry.base:
+            entry = self._adopt(entry)
+        if self.base is not None and entry.base != self.base.fingerprint:
             raise AdapterMismatch(
                 f"adapter {name} was registered for {entry.base_name}, the base is {self.base.name}: "
                 "serve it on its own base, or add it again",
@@ -408,11 +416,16 @@ class Registry:
         return _Row(entry, header.stamp)
 
     def _insert(self, row: _Row) -> AdapterVersion:
-        """Make `row` the newest version of its name, unless it already is. Inside a transaction."""
+        """Make `row` the newest version of its name, unless it already is. Inside a transaction.
+
+        Other content is another version; the same content checked against a base that it was
+        not yet checked against is the same version, known better.
+        """
         new, adapter, now = row.entry, row.entry.adapter, time.time()
         old = self._find(adapter.name)
-        if old is not None and (old.adapter.digest, old.base) == (adapter.digest, new.base):
-            return old.adapter
+        if old is not None and old.adapter.digest == adapter.digest:
+            self._update(str(old.adapter), row)
+            return old.adapter if not new.base else changed(adapter, version=old.adapter.version)
         last = self._db.execute(
             "SELECT max(version) FROM version WHERE name = ?", (adapter.name,)
         ).fetchone()[0]
@@ -432,6 +445,27 @@ class Registry:
         )
         self._db.execute("DELETE FROM rejected WHERE name = ?", (adapter.name,))
         return adapter
+
+    def _update(self, version: str, row: _Row) -> None:
+        """Note what a new look at unchanged content has shown. Inside a transaction."""
+        new, key = row.entry, version.rsplit("@", 1)
+        self._db.execute("UPDATE version SET stamp = ? WHERE name = ? AND version = ?", (row.stamp, *key))
+        if new.base:
+            self._db.execute(
+                "UPDATE version SET method = ?, max_rank = ?, ranks = ?, base = ?, base_name = ? "
+                "WHERE name = ? AND version = ?",
+                (new.method, new.max_rank, json.dumps(new.adapter.ranks), new.base, new.base_name, *key),
+            )
+
+    def _adopt(self, entry: Entry) -> Entry:
+        """Check an adapter that was registered while the base was not known. Raises AdapterError."""
+        old = entry.adapter
+        row = self._inspect(old.path, old.name, entry.origin)
+        if row.entry.adapter.digest != old.digest:
+            raise peft.changed(old.path)
+        with self._writing():
+            self._update(str(old), row)
+        return changed(row.entry, adapter=changed(old, ranks=row.entry.adapter.ranks))
 
     def _find(self, name: str) -> Entry | None:
         """The entry of "name" or "name@2", without aliases. The lock is held."""

@@ -44,6 +44,7 @@ State = Literal[
 
 _RETRY_SECONDS = (1.0, 60.0)  # first and longest wait before a failed load may be tried again
 _POPULARITY_SECONDS = 100.0  # time constant with which old uses are forgotten
+_RANKED_SECONDS = 0.1  # for which an order of idle adapters is good enough
 _REMEMBERED = 20_000  # adapters whose history is kept after their pages are gone
 _COMPOSED = 1024  # compositions whose rows are kept ready
 
@@ -125,7 +126,9 @@ class AdapterStore:
         )
         self._idle: dict[_Entry, None] = {}
         self._idle_pages = 0
-        self._coldest: _Entry | None = None  # what `coldest` has just found
+        # idle adapters by falling worth as of `_ranked_at`, with last_used then: see `coldest`
+        self._ranked: list[tuple[float, float, _Entry]] = []
+        self._ranked_at = -math.inf
         self._done: collections.deque[_Done] = collections.deque()
         self._loaders = ThreadPoolExecutor(max_workers=loaders, thread_name_prefix="adapter-loader")
         pool.register(self, Owner.ADAPTER)
@@ -265,6 +268,7 @@ class AdapterStore:
         self._entries.clear()
         self._composed.clear()
         self._idle.clear()
+        self._ranked.clear()
         self._idle_pages = 0
 
     # -- use -----------------------------------------------------------------------------
@@ -317,23 +321,32 @@ class AdapterStore:
         """Worth of the idle adapter that is the least missed: see `pool.Evictable`.
 
         The wait for a new load, per page and per second until the next use, which is guessed
-        from the time since the last one and from how popular the adapter has been.
+        from the time since the last one and from how popular the adapter has been. Thousands
+        are not ranked anew for every page: what became idle since is warmer anyway.
         """
-        now, least = self._clock(), math.inf
-        self._coldest = None
-        for entry in self._idle:
-            age = now - entry.last_used
-            popularity = max(1.0, entry.popularity * math.exp(-age / _POPULARITY_SECONDS))
-            worth = entry.load_seconds * popularity / (entry.num_pages * (age + 1e-3))
-            if worth < least or self._coldest is None:
-                self._coldest, least = entry, worth
-        return None if self._coldest is None else least
+        now = self._clock()
+        for fresh in (now - self._ranked_at < _RANKED_SECONDS, False):
+            if not fresh:
+                ranked = [(self._worth(entry, now), entry.last_used, entry) for entry in self._idle]
+                self._ranked = sorted(ranked, key=lambda item: item[0], reverse=True)
+                self._ranked_at = now
+            while self._ranked:
+                worth, last_used, entry = self._ranked[-1]
+                if entry.idle and entry.last_used == last_used:
+                    return worth
+                self._ranked.pop()
+        return None
 
     def evict(self) -> int:
-        if self._coldest is None or not self._coldest.idle:
-            self.coldest()
-        entry, self._coldest = self._coldest, None
-        return 0 if entry is None else self._drop(entry, "memory")
+        if self.coldest() is None:
+            return 0
+        return self._drop(self._ranked.pop()[2], "memory")
+
+    @staticmethod
+    def _worth(entry: _Entry, now: float) -> float:
+        age = now - entry.last_used
+        popularity = max(1.0, entry.popularity * math.exp(-age / _POPULARITY_SECONDS))
+        return entry.load_seconds * popularity / (entry.num_pages * (age + 1e-3))
 
     # -- looking at it -------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from chiliad.adapters import peft
 from chiliad.adapters.registry import Registry
 from chiliad.core import AdapterVersion
 from chiliad.errors import (
+    AdapterError,
     AdapterExists,
     AdapterMismatch,
     InvalidAdapter,
@@ -173,8 +174,57 @@ def test_another_base(folder: Path, tmp_path: Path) -> None:
     assert (registry.page(), registry.count()) == ([], 0)
     with pytest.raises(AdapterExists):
         registry.add(folder, "tone")
-    assert registry.add(folder, "tone", replace=True).version == 2  # it fits: serve it here from now on
-    assert registry.count() == 1
+    assert registry.add(folder, "tone", replace=True).version == 1  # it fits: serve it here from now on
+    assert (registry.count(), registry.entry("tone").base_name) == (1, "other")
+
+
+def test_registered_without_a_base_and_checked_by_the_server(folder: Path, tmp_path: Path) -> None:
+    """`chiliad adapters add`, then `chiliad serve`."""
+    path = tmp_path / "registry.db"
+    offline = Registry(path)
+    offline.add(folder, "tone")
+    dora = write_random_adapter(tmp_path / "dora", BASE, 2, config_overrides={"use_dora": True})
+    offline.add(dora, "dora")
+    offline.add(write_random_adapter(tmp_path / "moved", BASE, 2), "moved")
+    write_random_adapter(tmp_path / "moved", BASE, 2, seed=5)
+    server = Registry(path, BASE)
+    assert server.resolve("tone").ranks[0] == 4
+    assert (server.entry("tone").base_name, server.entry("tone").max_rank) == ("smol", 4)
+    assert server.resolve("tone").version == 1
+    with pytest.raises(InvalidAdapter, match="use_dora"):
+        server.resolve("dora")
+    with pytest.raises(AdapterError, match="changed after"):
+        server.resolve("moved")
+    assert offline.resolve("tone") == server.resolve("tone")
+
+
+def test_looking_offline_makes_no_versions(tmp_path: Path) -> None:
+    root, path = tmp_path / "adapters", tmp_path / "registry.db"
+    for i in range(3):
+        write_random_adapter(root / f"a{i}", BASE, 2, seed=i)
+    other = dataclasses.replace(BASE, name="other", fingerprint="f" * 64)
+    for base, added, unchanged in ((BASE, 3, 0), (None, 0, 3), (BASE, 0, 3), (other, 0, 3), (None, 0, 3)):
+        registry = Registry(path, base)
+        report = registry.scan(root)
+        assert (len(report.added), report.unchanged, report.replaced) == (added, unchanged, [])
+        assert registry.resolve("a1").version == 1
+        assert registry.resolve("a1").ranks[0] == 2
+        registry.close()
+
+
+def test_a_touched_file_is_another_version_and_a_copied_inode_is_not(tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    folder = write_random_adapter(root / "a", BASE, 2)
+    registry = Registry(base=BASE)
+    registry.scan(root)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)  # keeps the modification times
+    shutil.rmtree(folder)
+    shutil.move(copy, folder)
+    assert (registry.scan(root).unchanged, registry.scan(root).unchanged) == (1, 1)
+    assert registry.resolve("a").version == 1
+    os.utime(folder / peft.TENSOR_FILE, ns=(1, 1))
+    assert registry.scan(root).replaced == ["a"]
 
 
 def test_a_database_of_the_future_is_left_alone(tmp_path: Path) -> None:
