@@ -29,6 +29,7 @@ from chiliad.errors import ChiliadError, InvalidConfig, InvalidRequest
 
 if TYPE_CHECKING:
     from chiliad.adapters.registry import Entry, Registry
+    from chiliad.bench.workload import Trace
     from chiliad.engine.llm import LLM
     from chiliad.engine.stream import AsyncEngine
 
@@ -152,6 +153,18 @@ _folders = click.option(
     multiple=True,
     help="Folder whose sub-folders are PEFT adapters. May be given several times.",
 )
+_policy_options = _stack(
+    click.option(
+        "--policy",
+        default="fcfs",
+        help="Who goes next: fcfs, cluster:ADAPTERS, abort:SECONDS, vtc or vtc:adapter.",
+    ),
+    click.option(
+        "--adapter-share",
+        type=click.FloatRange(0, 1),
+        help="Split the pool: this share for adapters only. For comparisons; by default it is shared.",
+    ),
+)
 _sampling_options = _stack(
     click.option("--max-tokens", type=click.IntRange(min=1), default=256, help="Longest answer."),
     click.option(
@@ -169,6 +182,7 @@ def _engine_config(options: dict[str, Any], **scheduler: Any) -> EngineConfig:
         max_model_len=options["max_model_len"],
         kernel=KernelConfig(options["kernels"], options["isa"], options["threads"]),
         scheduler=SchedulerConfig(**scheduler),
+        adapter_share=options.get("adapter_share"),
     )
 
 
@@ -248,6 +262,7 @@ def cli(debug: bool) -> None:
 )
 @click.option("--max-sequences", type=click.IntRange(min=1), default=256, help="Sequences that run at once.")
 @click.option("--max-step-tokens", type=click.IntRange(min=16), default=512, help="Token budget of one step.")
+@_policy_options
 def serve(
     model: str,
     folders: tuple[Path, ...],
@@ -259,6 +274,7 @@ def serve(
     drain_timeout: float,
     max_sequences: int,
     max_step_tokens: int,
+    policy: str,
     **options: Any,
 ) -> None:
     """Answer the OpenAI API over HTTP."""
@@ -277,7 +293,9 @@ def serve(
 
     with server.bind(config) as sock:  # before the model is loaded: a taken port should not cost a minute
         with _busy(f"loading {model}"):
-            settings = _engine_config(options, max_sequences=max_sequences, max_step_tokens=max_step_tokens)
+            settings = _engine_config(
+                options, max_sequences=max_sequences, max_step_tokens=max_step_tokens, policy=policy
+            )
             engine = _async_engine(model, settings, place / "registry.sqlite", folders)
         _announce(engine, config, sock.getsockname()[1])
         if not server.serve(engine, config, sock):
@@ -760,6 +778,173 @@ def bench_offline(model: str, folders: tuple[Path, ...], output: str, **options:
         _print_json(result.as_json())
     else:
         click.echo(result.as_text())
+
+
+class _Lengths(click.ParamType[tuple[int, int]]):
+    name = "low:high"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, context: click.Context | None
+    ) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        low, _, high = value.partition(":")
+        try:
+            return int(low), int(high or low)
+        except ValueError:
+            self.fail(f"{value!r}: write LOW:HIGH or one number", param, context)
+
+
+_workload_options = _stack(
+    click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=2.0, help="Requests/s."),
+    click.option(
+        "--duration", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds of arrivals."
+    ),
+    click.option(
+        "--num-adapters",
+        "--adapters-count",
+        "num_adapters",
+        type=click.IntRange(min=0),
+        default=0,
+        help="Adapters that requests choose from. 0: base only.",
+    ),
+    click.option(
+        "--popularity",
+        default="uniform",
+        help="identical, distinct, uniform, skewed, zipf:S, or power:ALPHA (S-LoRA's alpha).",
+    ),
+    click.option(
+        "--cv",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        help="Burstiness of synthetic arrivals; 1 is Poisson.",
+    ),
+    click.option("--input-len", type=_Lengths(), default="8:512", help="Prompt tokens, LOW:HIGH."),
+    click.option("--output-len", type=_Lengths(), default="8:512", help="Output tokens, LOW:HIGH."),
+    click.option(
+        "--shared-prefix", type=click.IntRange(min=0), default=0, help="Tokens before it, per adapter."
+    ),
+    click.option(
+        "--tenants", default="", help="Weights of tenants, e.g. 10,1,1 (one of them sends tenfold)."
+    ),
+    click.option(
+        "--trace",
+        "source",
+        type=click.Path(exists=True, path_type=Path),
+        help="Instead of a synthetic trace: a saved one (.jsonl), an Azure trace (.csv) or a folder of "
+        "ServeGen clients. Azure's lengths are cut at the upper ends of --input-len and --output-len.",
+    ),
+    click.option(
+        "--length-scale",
+        type=click.FloatRange(min=0, min_open=True),
+        default=1.0,
+        help="Of a trace's lengths.",
+    ),
+    click.option("--seed", type=int, default=0, help="Of everything random."),
+    click.option(
+        "--slo", type=click.FloatRange(min=0, min_open=True), default=6.0, help="Objective: first token, s."
+    ),
+)
+
+
+def _trace(options: dict[str, Any]) -> Trace:
+    from chiliad.bench import workload
+
+    source: Path | None = options["source"]
+    common = {key: options[key] for key in ("popularity", "seed")} | {"adapters": options["num_adapters"]}
+    load = {key: options[key] for key in ("rate", "duration")}
+    lengths = {"prompt": options["input_len"], "output": options["output_len"]}
+    if source is None:
+        try:
+            weights = [float(part) for part in options["tenants"].split(",") if part]
+        except ValueError:
+            raise InvalidConfig("--tenants: write numbers with commas between, e.g. 10,1,1") from None
+        return workload.synthetic(
+            **common, **load, **lengths, cv=options["cv"], prefix=options["shared_prefix"], tenants=weights
+        )
+    if source.is_dir():
+        return workload.servegen(source, **common, **load, **lengths)
+    if source.suffix == ".csv":
+        return workload.azure(source, **common).scaled(
+            rate=options["rate"],
+            count=round(options["rate"] * options["duration"]),
+            lengths=options["length_scale"],
+            max_prompt=options["input_len"][1],
+            max_output=options["output_len"][1],
+        )
+    return workload.Trace.load(source)
+
+
+@bench.command("serve")
+@click.argument("url", default="http://127.0.0.1:8000")
+@_workload_options
+@click.option("--model", "base", help="Name of the base model; asked of the server by default.")
+@click.option(
+    "--adapter-names",
+    default="",
+    help="How the server names adapters, e.g. 'adapter-{:04d}'; asked of the server by default.",
+)
+@click.option(
+    "--api-key",
+    multiple=True,
+    envvar="CHILIAD_API_KEY",
+    help="Key to send. With several, tenants take them in turn (a server tells tenants by their keys).",
+)
+@click.option(
+    "--extensions/--no-extensions",
+    default=True,
+    help="Ask for exact lengths and token ids (ignore_eos, return_token_ids: chiliad, vLLM).",
+)
+@click.option("--vocab", type=click.IntRange(min=11), default=1000, help="Prompts are random ids below this.")
+@click.option(
+    "--max-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=3600.0,
+    help="End of the run; requests still open then count as failed.",
+)
+@click.option("--allow-remote", is_flag=True, help="The server may be another machine's.")
+@click.option("--save-trace", type=click.Path(path_type=Path), help="Write the trace here (.jsonl).")
+@click.option("--result", type=click.Path(path_type=Path), help="Write the result here (.json).")
+@click.option("--plot", "picture", type=click.Path(path_type=Path), help="Draw it (.png or .svg).")
+@_json
+def bench_serve(
+    url: str,
+    base: str | None,
+    adapter_names: str,
+    api_key: tuple[str, ...],
+    extensions: bool,
+    vocab: int,
+    max_seconds: float,
+    allow_remote: bool,
+    save_trace: Path | None,
+    result: Path | None,
+    picture: Path | None,
+    output: str,
+    **options: Any,
+) -> None:
+    """Load a server (chiliad, vLLM, ...) with a trace, open loop, and report how it fared."""
+    from chiliad.bench import report, serve
+    from chiliad.bench.client import Target
+
+    trace = _trace(options)
+    if save_trace is not None:
+        trace.save(save_trace)
+    keys = tuple(part.strip() for key in api_key for part in key.split(",") if part.strip())
+    client = serve.Client(
+        Target.parse(url, allow_remote), base or "", adapter_names, keys, extensions, vocab, max_seconds
+    )
+    with _busy(f"sending {len(trace)} requests in {trace.duration:.0f} s"):
+        outcomes, facts = serve.run(client, trace, options["slo"])
+    if result is not None:
+        import orjson
+
+        result.write_bytes(orjson.dumps(facts, option=orjson.OPT_INDENT_2))
+    if picture is not None:
+        report.plot(outcomes, facts, picture, f"{facts['model_id']}, {trace.head.trace}, {trace.rate:.2f}/s")
+    if output == "json":
+        _print_json(facts)
+    else:
+        click.echo(report.as_text(facts))
 
 
 @bench.command("kernels", context_settings={"ignore_unknown_options": True, "help_option_names": []})

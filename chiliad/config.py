@@ -118,3 +118,4 @@ class EngineConfig:
     max_model_len: int | None = None  # None: what the model was trained for
     kernel: KernelConfig = field(default_factory=KernelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    adapter_share: float | None = None  # of the pool: a static split, to measure the unified pool against

@@ -109,7 +109,7 @@ class Engine:
                 f"{model.nbytes / 1e6:.0f} MB for weights; give at least {need / 1e6:.0f}MB",
                 param="memory",
             )
-        self.pool = PagePool(num_pages)
+        self.pool = PagePool(num_pages, config.adapter_share)
         self.arena = Arena(num_pages, self.layout.page_bytes)
         kernels.bind_arena(self.arena.buffer, self.layout)
         self._wake = threading.Event()
