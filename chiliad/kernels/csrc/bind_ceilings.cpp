@@ -1,6 +1,7 @@
 // read_bandwidth and multiply_rate for Python.
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 
 #include "bind.h"
 #include "ceilings.h"
@@ -26,6 +27,7 @@ double read_bandwidth(Kernels& kernels, std::size_t bytes, int repeats) {
   constexpr std::size_t kStretch = std::size_t{32} << 20;
   const std::size_t stretches = std::max<std::size_t>(1, bytes / kStretch);
   const Bytes buffer = allocate(stretches * kStretch);
+  std::memset(buffer.get(), 1, stretches * kStretch);  // untouched pages would all be one page
   std::lock_guard lock(kernels.busy);
   double best = 0;
   for (int i = 0; i < repeats; ++i)

@@ -10,19 +10,55 @@
 
 namespace chiliad {
 
-void Freed::operator()(void* p) const { std::free(p); }
+namespace {
+constexpr std::size_t kHuge = std::size_t{2} << 20, kStretch = std::size_t{64} << 20;
+}
+
+void Freed::operator()(void* p) const {
+#if defined(__linux__)
+  if (mapped) {
+    munmap(p, mapped);
+    return;
+  }
+#endif
+  std::free(p);
+}
 
 Bytes allocate(std::size_t bytes) {
-  constexpr std::size_t kHuge = std::size_t{2} << 20;
-  const std::size_t alignment = bytes >= kHuge ? kHuge : 64;
-  const std::size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-  void* p = std::aligned_alloc(alignment, rounded ? rounded : alignment);
-  if (p == nullptr) throw std::bad_alloc();
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (alignment == kHuge) madvise(p, rounded, MADV_HUGEPAGE);
+#if defined(__linux__)
+  if (bytes >= kHuge) {
+    // ask for more, give back what lies outside of whole huge pages
+    const std::size_t rounded = (bytes + kHuge - 1) / kHuge * kHuge;
+    void* p = mmap(nullptr, rounded + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    auto* start = static_cast<std::byte*>(p);
+    const std::size_t before = (kHuge - reinterpret_cast<std::uintptr_t>(p) % kHuge) % kHuge;
+    if (before) munmap(start, before);
+    if (before < kHuge) munmap(start + before + rounded, kHuge - before);
+#if defined(MADV_HUGEPAGE)
+    madvise(start + before, rounded, MADV_HUGEPAGE);
 #endif
-  std::memset(p, 0, rounded ? rounded : alignment);
+    return Bytes(start + before, Freed{rounded});
+  }
+#endif
+  const std::size_t rounded = (bytes + 63) / 64 * 64 + 64;
+  void* p = std::aligned_alloc(64, rounded);
+  if (p == nullptr) throw std::bad_alloc();
+  std::memset(p, 0, rounded);
   return Bytes(static_cast<std::byte*>(p));
+}
+
+std::shared_ptr<std::byte> Kernels::keep(std::size_t bytes) {
+  const std::size_t rounded = (bytes + 63) / 64 * 64;
+  if (rounded > kStretch / 4) return allocate(rounded);
+  if (stretch_used_ + rounded > stretch_bytes_) {
+    stretch_ = allocate(kStretch);
+    stretch_used_ = 0;
+    stretch_bytes_ = kStretch;
+  }
+  std::shared_ptr<std::byte> piece(stretch_, stretch_.get() + stretch_used_);
+  stretch_used_ += rounded;
+  return piece;
 }
 
 std::byte* Kernels::scratch(int index, std::size_t bytes) {

@@ -18,12 +18,14 @@ struct KernelError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-// 64-byte aligned memory (2 MB aligned and backed by huge pages where large and possible).
+// Zeroed memory, 64-byte aligned. From 2 MB on it comes straight from the system, on huge pages
+// where possible, and is touched only when written.
 struct Freed {
+  std::size_t mapped = 0;  // bytes, if it came from the system
   void operator()(void* p) const;
 };
 using Bytes = std::unique_ptr<std::byte, Freed>;
-Bytes allocate(std::size_t bytes);  // throws std::bad_alloc; contents are zero
+Bytes allocate(std::size_t bytes);  // throws std::bad_alloc
 
 class Kernels {
  public:
@@ -34,6 +36,10 @@ class Kernels {
   Arena arena;
   std::mutex busy;  // one op at a time: hold it while using threads or scratch
 
+  // Memory for weights, cut from large stretches: a model's many small matrices share huge pages.
+  // A stretch lives as long as any piece of it.
+  std::shared_ptr<std::byte> keep(std::size_t bytes);
+
   // At least `bytes` of scratch, 64-byte aligned, valid until the next call for this index.
   std::byte* scratch(int index, std::size_t bytes);
   static constexpr int kScratches = 8;
@@ -41,6 +47,8 @@ class Kernels {
  private:
   Bytes scratch_[kScratches];
   std::size_t scratch_bytes_[kScratches] = {};
+  std::shared_ptr<std::byte> stretch_;
+  std::size_t stretch_used_ = 0, stretch_bytes_ = 0;
 };
 
 }  // namespace chiliad

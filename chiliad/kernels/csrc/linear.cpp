@@ -211,7 +211,6 @@ PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const
   lay_out(linear);
   linear.panel_bytes = dtype == DType::int4 ? static_cast<std::size_t>(linear.k_padded) / 16 * kInt4Tile
                                             : static_cast<std::size_t>(linear.k_padded) * kPanel * item_bytes(dtype);
-  linear.weights = allocate(linear.nbytes());
   if (dtype == DType::int8) linear.scale.assign(linear.blocks.size() * kBlock, 0.0f);
   if (bias != nullptr) {
     linear.bias.assign(linear.blocks.size() * kBlock, 0.0f);
@@ -220,6 +219,7 @@ PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const
   }
   const Source source{weight, from, in_features};
   std::lock_guard lock(kernels.busy);
+  linear.weights = kernels.keep(linear.nbytes());
   kernels.threads.share(0, linear.num_panels);
   kernels.threads.run([&](int worker) {
     for (int panel; (panel = kernels.threads.next(0, worker)) >= 0;)

@@ -50,7 +50,7 @@ struct PackedLinear {
   int num_panels;
   std::vector<Block> blocks;  // [2 * num_panels]
   std::size_t panel_bytes;
-  Bytes weights;             // [num_panels][panel_bytes]
+  std::shared_ptr<std::byte> weights;  // [num_panels][panel_bytes]
   std::vector<float> bias;   // [num_panels * 32], or empty
   std::vector<float> scale;  // int8: [num_panels * 32]
   std::size_t nbytes() const { return panel_bytes * num_panels; }

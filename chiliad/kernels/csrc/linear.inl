@@ -862,7 +862,7 @@ void project(const ProjectPlan& plan) {
   const int chunks = (plan.rows + chunk - 1) / chunk;
   const bool prepare = plan.input || plan.norm.kind != NormKind::none || plan.scaled;
   const bool stored = plan.dtype == DType::float32 || plan.dtype == DType::bfloat16;
-  const int most = stored || plan.rows <= 32 ? kGroup : 1;
+  const int most = plan.rows <= 32 ? kGroup : stored ? 2 : 1;  // measured: 2 beats 1 and 4 by 3 %
   threads.share(0, row_tiles);
   threads.share(1, plan.num_shrinks);
   threads.share(2, plan.num_panels * chunks);
