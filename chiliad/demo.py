@@ -62,7 +62,11 @@ def run(folder: Path | None = None, synthetic: int = SYNTHETIC, requests: int = 
     """
     from platformdirs import user_cache_path
 
+    from chiliad.models.packages import locate
+
     folder = folder or user_cache_path("chiliad") / "demo"
+    path = locate(MODEL.removeprefix("pypi:"))
+    _say(f"base      {path.name}, {path.stat().st_size / 1e6:.1f} MB, from {MODEL}")
     _say(f"folder    {folder} (kept for the next run; delete it when you like)")
     adapters = folder / "adapters"
     names = _prepare_adapters(adapters, synthetic)

