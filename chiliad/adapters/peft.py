@@ -20,7 +20,7 @@ import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,14 +58,12 @@ class Limits:
 class Header:
     """All that is known of an adapter before its tensors are read.
 
-    `digest` identifies the content, see `PeftFolder`; `recipe` only what can be planned from:
-    config and tensor names, types and shapes. `stamp` is the cheap test for "nothing happened to
-    the two files": their sizes, modification times and inodes.
+    `digest` identifies the content, see `PeftFolder`. `stamp` is the cheap test for "nothing
+    happened to the two files": their sizes, modification times and inodes.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorHeader]
-    recipe: str
     digest: str
     nbytes: int
     stamp: str
@@ -74,12 +72,13 @@ class Header:
 class PeftFolder:
     """An adapter's two files, held open: what was checked is what is read.
 
-    The digest is blake2b-256 over the folder's path, the config, the safetensors header and
-    the tensor file's size and modification time. Tensors are not read for it, so thousands of
-    folders register in a second; path and time tell apart adapters that share a recipe. Bytes
-    that change in spite of all that are caught by the store, which hashes what it reads.
+    `recipe` is a hash of config, safetensors header and file size: all that an adapter's plan
+    depends on, and the same for thousands of adapters of one training script. `digest` adds the
+    folder's path and the tensor file's modification time: the identity of the content. Tensors
+    are not read for it, so thousands of folders register in a second; bytes that change in spite
+    of equal size and time are caught by the store, which hashes what it reads.
 
-    Raises InvalidAdapter when the files are missing, unsafe or broken.
+    Raises InvalidAdapter when the files are missing or unsafe; `header` does when they are broken.
     """
 
     def __init__(self, folder: str | Path, limits: Limits | None = None) -> None:
@@ -96,27 +95,35 @@ class PeftFolder:
                 raise InvalidAdapter(
                     f"{CONFIG_FILE} has {config_stat.st_size} bytes; {limits.config_bytes} is the limit"
                 )
-            config = os.read(config_file, limits.config_bytes + 1)
+            self._config = os.read(config_file, limits.config_bytes + 1)
         finally:
             os.close(config_file)
         self._file = self._open(TENSOR_FILE)
         try:
             self._stat = os.fstat(self._file)
-            header = self._read_header()
-            # thousands of adapters of one recipe have the same header
-            check = _check_header if len(header) <= 1 << 18 else _check_header.__wrapped__
-            self._offsets, tensors = check(header, self._stat.st_size, limits)
-            parsed = _parse_json(config, CONFIG_FILE)
-            if _deeper(parsed, limits.config_depth):
-                raise InvalidAdapter(f"{CONFIG_FILE} is nested too deeply")
+            self._header = self._read_header()
         except BaseException:
             self.close()
             raise
-        facts = f"{self._stat.st_size} {self._stat.st_mtime_ns}".encode()
-        recipe = _hash(config, header)
-        digest = _hash(recipe.encode(), os.fsencode(self.path), facts)
-        stamp = _stamp(config_stat, self._stat)
-        self.header = Header(parsed, tensors, recipe, digest, self._stat.st_size, stamp)
+        self.recipe = _hash(self._config, self._header, str(self._stat.st_size).encode())
+        modified = str(self._stat.st_mtime_ns).encode()
+        self.digest = _hash(self.recipe.encode(), os.fsencode(self.path), modified)
+        self.stamp = _stamp(config_stat, self._stat)
+        self.nbytes = self._stat.st_size
+
+    @cached_property
+    def header(self) -> Header:
+        """The two files' structure, checked but for the tensors. Raises InvalidAdapter."""
+        config = _parse_json(self._config, CONFIG_FILE)
+        if _deeper(config, self._limits.config_depth):
+            raise InvalidAdapter(f"{CONFIG_FILE} is nested too deeply")
+        tensors = {name: entry for name, (entry, _) in self._entries.items()}
+        return Header(config, tensors, self.digest, self.nbytes, self.stamp)
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[TensorHeader, int]]:
+        """Tensors with where they begin."""
+        return _check_header(self._header, self.nbytes, self._limits)
 
     def __enter__(self) -> PeftFolder:
         return self
@@ -138,8 +145,8 @@ class PeftFolder:
         import torch
 
         assert self._file is not None
-        start = self._stat.st_size - (max((end for _, end in self._offsets.values()), default=0))
-        data = torch.empty(self._stat.st_size - start, dtype=torch.uint8)
+        entries, start = self._entries, 8 + len(self._header)
+        data = torch.empty(self.nbytes - start, dtype=torch.uint8)
         view: memoryview = data.numpy().data
         done = 0
         with io.FileIO(self._file, closefd=False) as file:
@@ -152,12 +159,12 @@ class PeftFolder:
         content = hashlib.sha256(view).hexdigest()
         types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         tensors: dict[str, torch.Tensor] = {}
-        for name, (begin, end) in self._offsets.items():
-            header = self.header.tensors[name]
-            dtype, raw = types[header.dtype], data[begin:end]
+        for name, (entry, begin) in entries.items():
+            dtype = types[entry.dtype]
+            raw = data[begin : begin + math.prod(entry.shape) * dtype.itemsize]
             if begin % dtype.itemsize:
                 raw = raw.clone()  # the format does not promise alignment
-            tensors[name] = raw.view(dtype).view(header.shape)
+            tensors[name] = raw.view(dtype).view(entry.shape)
         kinds = {tensor.dtype for tensor in tensors.values()}
         if len(kinds) == 1 and _finite(data.view(kinds.pop())):
             return tensors, content  # one look at everything is far cheaper than hundreds
@@ -251,7 +258,7 @@ def read(
     AdapterError (code "adapter_changed") if not, and as `plan` does.
     """
     with PeftFolder(folder, limits) as files:
-        if digest is not None and files.header.digest != digest:
+        if digest is not None and files.digest != digest:
             raise changed(folder)
         plan(files.header, base, limits)
         tensors, content = files.tensors()
@@ -330,11 +337,8 @@ def _deeper(value: object, depth: int) -> bool:
     return depth == 0 or any(_deeper(item, depth - 1) for item in inner)
 
 
-@lru_cache(maxsize=32)
-def _check_header(
-    raw: bytes, file_size: int, limits: Limits
-) -> tuple[Mapping[str, tuple[int, int]], Mapping[str, TensorHeader]]:
-    """Byte ranges (within the data part) and headers of a safetensors file, or InvalidAdapter."""
+def _check_header(raw: bytes, file_size: int, limits: Limits) -> dict[str, tuple[TensorHeader, int]]:
+    """Tensors of a safetensors file and where they begin in its data part, or InvalidAdapter."""
     if not raw.startswith(b"{"):
         raise InvalidAdapter(f"{TENSOR_FILE} is not a safetensors file")
     parsed = _parse_json(raw, f"the header of {TENSOR_FILE}")
@@ -346,8 +350,8 @@ def _check_header(
         raise AdapterTooLarge(
             f"{TENSOR_FILE} has {size} bytes of tensors; {limits.tensor_bytes} is the limit"
         )
-    ranges: dict[str, tuple[int, int]] = {}
-    tensors: dict[str, TensorHeader] = {}
+    ranges: list[tuple[int, int, str]] = []
+    tensors: dict[str, tuple[TensorHeader, int]] = {}
     keys = {"dtype", "shape", "data_offsets"}
     for name, entry in parsed.items():
         if not _TENSOR_NAME.fullmatch(name) or ".." in name:
@@ -371,17 +375,17 @@ def _check_header(
             raise InvalidAdapter(
                 f"{TENSOR_FILE}: tensor {name} has {end - begin} bytes, but {dtype} {shape} needs {needed}"
             )
-        ranges[name] = (begin, end)
-        tensors[name] = TensorHeader(dtype, tuple(shape))
+        ranges.append((begin, end, name))
+        tensors[name] = (TensorHeader(dtype, tuple(shape)), begin)
     expected = 0
-    for name, (begin, end) in sorted(ranges.items(), key=lambda item: item[1]):
+    for begin, end, name in sorted(ranges):
         if begin != expected:
             kind = "overlaps the tensor before it" if begin < expected else "leaves a hole before it"
             raise InvalidAdapter(f"{TENSOR_FILE}: tensor {name} {kind}")
         expected = end
     if expected != size:
         raise InvalidAdapter(f"{TENSOR_FILE} has {size - expected} bytes after its last tensor")
-    return ranges, tensors
+    return tensors
 
 
 def _naturals(value: object) -> bool:

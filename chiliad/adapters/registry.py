@@ -397,23 +397,25 @@ class Registry:
 
     def _inspect(self, folder: str | Path, name: str, origin: str) -> _Row:
         """Read config and header, and check them against the base."""
-        header = peft.read_header(folder, self._limits)
-        path = str(Path(folder).resolve())
-        method, fingerprint, base_name = str(header.config.get("peft_type", "")).lower(), "", ""
-        ranks: tuple[int, ...] = ()
-        if self.base is not None:
-            plan = self._plans.get(header.recipe)
+        with peft.PeftFolder(folder, self._limits) as files:
+            plan = self._plans.get(files.recipe)
             if plan is None:
-                if len(self._plans) >= 256:
+                if len(self._plans) >= 1024:
                     self._plans.clear()
-                plan = self._plans[header.recipe] = peft.plan(header, self.base, self._limits)
-            method, fingerprint, base_name = plan.method, self.base.fingerprint, self.base.name
+                plan = self._plans[files.recipe] = self._plan(files.header)
+        ranks: tuple[int, ...] = ()
+        fingerprint = base_name = ""
+        if self.base is not None:
             ranks = tuple(plan.low_rank.get(slot, 0) for slot in range(len(self.base.sites)))
-        else:
-            peft.adapter_format(header.config)
-        adapter = AdapterVersion(name, 0, header.digest, path, header.nbytes, ranks)
-        entry = Entry(adapter, method, max(ranks, default=0), fingerprint, base_name, origin, 0.0, 0.0)
-        return _Row(entry, header.stamp)
+            fingerprint, base_name = self.base.fingerprint, self.base.name
+        adapter = AdapterVersion(name, 0, files.digest, str(files.path), files.nbytes, ranks)
+        entry = Entry(adapter, plan.method, plan.max_rank, fingerprint, base_name, origin, 0.0, 0.0)
+        return _Row(entry, files.stamp)
+
+    def _plan(self, header: peft.Header) -> AdapterPlan:
+        if self.base is not None:
+            return peft.plan(header, self.base, self._limits)
+        return AdapterPlan(peft.adapter_format(header.config).peft_type.lower(), {})
 
     def _insert(self, row: _Row) -> AdapterVersion:
         """Make `row` the newest version of its name, unless it already is. Inside a transaction.

@@ -210,6 +210,6 @@ def test_json_values_of_any_kind(tmp_path: Path) -> None:
 
     for field in _HONOURED | _INERT | _REFUSED.keys() | {"brand_new"}:
         for value in values:
-            changed = peft.Header(header.config | {field: value}, header.tensors, "", "", 0, "")
+            changed = peft.Header(header.config | {field: value}, header.tensors, "", 0, "")
             with suppress(AdapterError):
                 peft.plan(changed, BASE)
