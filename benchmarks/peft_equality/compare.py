@@ -22,7 +22,7 @@ import torch
 
 from chiliad import LLM, SamplingParams
 from chiliad.core import BaseInfo
-from chiliad.kernels.base import Sampled, SampleBatch
+from chiliad.kernels.base import SampleBatch, Sampled
 from chiliad.testing import write_random_adapter
 
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,6 @@ from chiliad.adapters.store import AdapterStore
 from chiliad.config import EngineConfig
 from chiliad.core import (
     AdapterVersion,
-    Chunk,
     Event,
     Failed,
     Finished,
@@ -96,9 +95,7 @@ class Engine:
             num_kv_heads=arch.kv_heads,
             head_dim=arch.head_dim,
             dtype=dtype,
-            row_bytes=[
-                n * dtype.itemsize for s in model.info.sites for n in (s.in_features, s.out_features)
-            ],
+            row_bytes=[n * dtype.itemsize for s in model.info.sites for n in (s.in_features, s.out_features)],
         )
         pool_bytes = config.memory - model.nbytes - WORKSPACE
         num_pages = pool_bytes // self.layout.page_bytes
@@ -364,5 +361,3 @@ class Engine:
 
 def _internal(error: Exception) -> ChiliadError:
     return ChiliadError(f"internal error: {type(error).__name__}: {error}")
-
-

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from chiliad import kernels as kernel_room
 from chiliad.adapters.registry import Registry
@@ -17,8 +17,8 @@ from chiliad.core import (
     Chunk,
     Event,
     Failed,
-    FinishReason,
     Finished,
+    FinishReason,
     Request,
     SamplingParams,
     TokenLogprob,
@@ -125,7 +125,8 @@ class LLM:
         adapters: str | Sequence[str | None] | None = None,
     ) -> list[Output]:
         """`generate` through the model's chat template; one conversation or several."""
-        many = [conversations] if isinstance(conversations[0], dict) else conversations
+        one = isinstance(conversations[0], dict)
+        many = cast("Sequence[Sequence[Message]]", [conversations] if one else conversations)
         prompts = [self.tokenizer.encode(self.tokenizer.chat(c), add_special=False) for c in many]
         return self.generate(prompts, params, adapters)
 
@@ -165,9 +166,9 @@ class LLM:
         )
 
     def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[int, ...]]:
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
-        return [tuple(self.tokenizer.encode(p)) if isinstance(p, str) else tuple(p) for p in prompts]  # type: ignore[arg-type]
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many = cast("Sequence[Prompt]", [prompts] if one else prompts)
+        return [tuple(self.tokenizer.encode(p) if isinstance(p, str) else p) for p in many]
 
     def _run(self, requests: list[Request]) -> list[Output]:
         outputs = {r.id: Output(r.prompt, [Completion() for _ in range(r.params.n)]) for r in requests}

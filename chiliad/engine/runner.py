@@ -103,8 +103,6 @@ class Runner:
         best = torch.topk(logprobs, k, dim=-1) if k else None
         scored = []
         for row, token in enumerate(targets):
-            top = (
-                zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True) if best else ()
-            )
+            top = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True) if best else ()
             scored.append(TokenLogprob(token, float(logprobs[row, token]), tuple(top)))
         return scored

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from chiliad.core import SamplingParams, TokenLogprob
-from chiliad.kernels.base import Sampled, SampleBatch
+from chiliad.kernels.base import SampleBatch, Sampled
 
 
 class Sampling(Protocol):
@@ -62,8 +62,7 @@ def sample_batch(rows: list[tuple[SequenceSampler, Sampling]]) -> SampleBatch:
             for sampler, s in rows
         ],
         output_tokens=[
-            np.array(s.tokens[s.num_prompt :], np.int32) if sampler.penalised else None
-            for sampler, s in rows
+            np.array(s.tokens[s.num_prompt :], np.int32) if sampler.penalised else None for sampler, s in rows
         ],
         bias=[sampler.bias for sampler, _ in rows],
         banned=[sampler.banned(len(s.tokens) - s.num_prompt) for sampler, s in rows],
