@@ -119,7 +119,7 @@ def compare(count: int, tokens: int, dtype: str = "float32", memory: str = "3GB"
         for seed, (name, how) in enumerate(ADAPTERS.items()):
             write_random_adapter(folder / name, base, seed=seed, dtype="float32", std=0.1, **how)
         llm.registry.scan(folder)
-        names = [list([None, *ADAPTERS])[i % (len(ADAPTERS) + 1)] for i in range(count)]
+        names = [[None, *ADAPTERS][i % (len(ADAPTERS) + 1)] for i in range(count)]
         asked = prompts(llm, count)
         owners, kept = recorded(llm)
         greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)

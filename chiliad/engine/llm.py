@@ -50,7 +50,7 @@ class Output:
     prompt: tuple[int, ...]
     choices: list[Completion]
     prompt_logprobs: list[TokenLogprob | None] | None = None
-    usage: Usage = Usage(0, 0)
+    usage: Usage = field(default_factory=lambda: Usage(0, 0))
 
     @property
     def text(self) -> str:
