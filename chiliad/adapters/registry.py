@@ -63,7 +63,7 @@ _MIGRATIONS = (
         stamp TEXT NOT NULL,       -- peft.Header.stamp
         created REAL NOT NULL,
         PRIMARY KEY (name, version)
-    ) WITHOUT ROWID;
+    );                         -- with rowid: rows of a kilobyte would overflow an index page
     CREATE TABLE alias (
         alias TEXT PRIMARY KEY,
         target TEXT NOT NULL       -- "name" or "name@2"
@@ -436,7 +436,7 @@ class Registry:
             "INSERT INTO version VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(adapter.name, adapter.version, adapter.digest, adapter.path, adapter.nbytes),
-                *(new.method, new.max_rank, json.dumps(adapter.ranks), new.base, new.base_name),
+                *(new.method, new.max_rank, _compact(adapter.ranks), new.base, new.base_name),
                 *(new.origin, row.stamp, now),
             ),
         )
@@ -456,7 +456,7 @@ class Registry:
             self._db.execute(
                 "UPDATE version SET method = ?, max_rank = ?, ranks = ?, base = ?, base_name = ? "
                 "WHERE name = ? AND version = ?",
-                (new.method, new.max_rank, json.dumps(new.adapter.ranks), new.base, new.base_name, *key),
+                (new.method, new.max_rank, _compact(new.adapter.ranks), new.base, new.base_name, *key),
             )
 
     def _adopt(self, entry: Entry) -> Entry:
@@ -484,6 +484,10 @@ class Registry:
         return ModelNotFound(
             f"there is no model or adapter {name[:140]!a}: GET /v1/models lists what is served", param="model"
         )
+
+
+def _compact(ranks: tuple[int, ...]) -> str:
+    return json.dumps(ranks, separators=(",", ":"))
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:
