@@ -4,14 +4,14 @@
 #include <string>
 #include <vector>
 
-#include "twins.h"
-
 namespace chiliad {
 
-CHILIAD_TWINS(AttentionOps, attention_ops)
-CHILIAD_TWINS(RopeOps, rope_ops)
+CHILIAD_TABLES(AttentionOps, attention_ops)
+CHILIAD_TABLES(RopeOps, rope_ops)
 
 namespace {
+
+constexpr std::int64_t kItemBytes = 256 << 10;  // of KV per round of one item: a part of the L2 cache
 
 // Pages and positions of the step fit the arena and its tables, in this layer.
 void check(const Kernels& kernels, const Step& step, int layer, int num_heads) {
@@ -60,26 +60,36 @@ void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, 
   call.step = kStepTokens / call.span * call.span;
   call.split = std::max(512 / call.step, 1) * call.step;
 
-  static thread_local std::vector<AttentionTile> tiles, parts;  // whole tiles; splits of long ones
-  static thread_local std::vector<int> first_part;              // of each tile in `long_tiles`
-  static thread_local std::vector<AttentionTile> long_tiles;
+  // Decoding reads memory more than it computes: a sequence's heads go together, because a page
+  // holds them one after the other, unless the threads would lack work.
+  const int workers = kernels.threads.size();
+  const std::int64_t head_bytes = std::int64_t{2} * call.step * head_dim * item_bytes(arena.kv_dtype);
+  int pieces = 0;  // of decoding work, when long contexts are cut as well
+  for (int i = 0; i < step.num_sequences; ++i)
+    if (step.row_start[i + 1] - step.row_start[i] == 1) pieces += (step.context[i] + call.split - 1) / call.split;
+  call.item_heads = static_cast<int>(std::clamp<std::int64_t>(kItemBytes / head_bytes, 1, arena.num_kv_heads));
+  while (call.item_heads > 1 && pieces * (arena.num_kv_heads / call.item_heads) < 4 * workers) --call.item_heads;
+
+  static thread_local std::vector<AttentionTile> tiles, parts, long_tiles;  // whole; splits of long ones; those
+  static thread_local std::vector<int> first_part;                          // of each long tile
   tiles.clear(), parts.clear(), long_tiles.clear(), first_part.clear();
   for (int i = 0; i < step.num_sequences; ++i) {
     const int rows = step.row_start[i + 1] - step.row_start[i], start = step.context[i] - rows;
-    for (int head = 0; head < arena.num_kv_heads; ++head)
+    const int heads = rows == 1 ? call.item_heads : 1;
+    for (int head = 0; head < arena.num_kv_heads; head += heads)
       for (int flat = 0; flat < rows * group; flat += kTileRows) {
-        AttentionTile tile{step.page_tables[i] + layer, step.row_start[i], start, head, flat,
-                           std::min(flat + kTileRows, rows * group), 0, 0};
+        AttentionTile tile{step.page_tables[i] + layer, step.row_start[i], start, head,
+                           std::min(head + heads, arena.num_kv_heads), flat, std::min(flat + kTileRows, rows * group), 0, 0};
         const int low = window > 0 ? std::max(start + tile.begin / group - window + 1, 0) : 0;
         tile.first_split = low / call.split;
         tile.last_split = (start + (tile.end - 1) / group) / call.split + 1;
         tiles.push_back(tile);
       }
   }
-  const int workers = kernels.threads.size();
   // Too few tiles to keep every thread busy: hand out the splits of the long ones.
   if (workers > 1 && static_cast<int>(tiles.size()) < 4 * workers) {
-    std::vector<AttentionTile> whole;
+    static thread_local std::vector<AttentionTile> whole;
+    whole.clear();
     for (const AttentionTile& tile : tiles) {
       if (tile.last_split - tile.first_split < 2) {
         whole.push_back(tile);
@@ -95,29 +105,28 @@ void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, 
     }
     tiles.swap(whole);
   }
+  const int num_parts = static_cast<int>(parts.size());
+  parts.insert(parts.end(), tiles.begin(), tiles.end());
 
-  const std::int64_t state = state_floats(head_dim), each = (ops.scratch_floats(head_dim) + 31) / 32 * 32;
-  const std::int64_t floats = each * workers + state * static_cast<std::int64_t>(parts.size());
-  float* scratch = reinterpret_cast<float*>(kernels.scratch(kAttentionScratch, sizeof(float) * floats));
+  const std::int64_t state = state_floats(head_dim) * call.item_heads;
+  const std::int64_t each = (ops.scratch_floats(head_dim, call.item_heads) + 31) / 32 * 32;
+  float* scratch = reinterpret_cast<float*>(
+      kernels.scratch(kAttentionScratch, sizeof(float) * (each * workers + state * num_parts)));
   float* partial = scratch + each * workers;
   ThreadPool& threads = kernels.threads;
-  const int num_parts = static_cast<int>(parts.size()), num_tiles = static_cast<int>(tiles.size());
-  const AttentionTile *part_at = parts.data(), *tile_at = tiles.data(), *long_at = long_tiles.data();
-  const int* first_at = first_part.data();
-  threads.share(0, num_parts + num_tiles);
+  const int num_items = static_cast<int>(parts.size());
+  const AttentionTile *items = parts.data(), *longs = long_tiles.data();
+  const int* first = first_part.data();
+  threads.share(0, num_items);
   threads.share(1, static_cast<int>(long_tiles.size()));
-  threads.run([&, each, num_parts](int worker) {
+  threads.run([&](int worker) {
     float* mine = scratch + each * worker;
-    for (int i; (i = threads.next(0, worker)) >= 0;) {
-      if (i < num_parts)
-        ops.tile(call, part_at[i], mine, partial + state * i);
-      else
-        ops.tile(call, tile_at[i - num_parts], mine, nullptr);
-    }
+    for (int i; (i = threads.next(0, worker)) >= 0;)
+      ops.tile(call, items[i], i + 1 < num_items ? items + i + 1 : nullptr, mine,
+               i < num_parts ? partial + state * i : nullptr);
     if (num_parts == 0) return;
     threads.barrier();
-    for (int i; (i = threads.next(1, worker)) >= 0;)
-      ops.merge(call, long_at[i], mine, partial + state * first_at[i]);
+    for (int i; (i = threads.next(1, worker)) >= 0;) ops.merge(call, longs[i], mine, partial + state * first[i]);
   });
 }
 

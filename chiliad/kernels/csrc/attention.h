@@ -25,34 +25,35 @@ struct AttentionCall {
   int span;              // tokens of a page that are always taken together
   int step;              // tokens per round of the online softmax: a multiple of span
   int split;             // tokens after which a fresh state starts: a multiple of step
+  int item_heads;        // most KV heads of an item
 };
 
-// Flat rows [begin, end), at most kTileRows, of one sequence and KV head.
+// Flat rows [begin, end), at most kTileRows, of one sequence and some of its KV heads.
 struct AttentionTile {
   const std::int32_t* table;  // page of block 0 in this layer
   int row;                    // the sequence's first row in the step
   int position;               // and its position
-  int kv_head, begin, end;
+  int head_begin, head_end;   // KV heads
+  int begin, end;
   int first_split, last_split;  // which parts of the context: [first, last)
 };
 
 constexpr int kTileRows = 32;
 constexpr int kStepTokens = 128;
-
 constexpr int kAttentionScratch = 6;  // index into Kernels::scratch
 
 struct AttentionOps {
   // Floats of scratch that `tile` and `merge` need.
-  std::int64_t (*scratch_floats)(int head_dim);
-  // All of the tile's splits; the result goes to call.out, or, if `partial` is not null, split i
-  // goes to partial + (i - first_split) * state_floats(head_dim).
-  void (*tile)(const AttentionCall&, const AttentionTile&, float* scratch, float* partial);
-  // Combine `partial` of every split in order and write call.out.
-  void (*merge)(const AttentionCall&, const AttentionTile&, float* scratch, const float* partial);
+  std::int64_t (*scratch_floats)(int head_dim, int item_heads);
+  // All of the tile's splits, to call.out; or, if `partial` is not null, its one split to
+  // partial[heads][state_floats(head_dim)]. `next` is what comes next, or null: its memory is fetched.
+  void (*tile)(const AttentionCall&, const AttentionTile&, const AttentionTile* next, float* scratch, float* partial);
+  // Combine partial[splits][call.item_heads][state_floats(head_dim)] in order and write call.out.
+  void (*merge)(const AttentionCall&, const AttentionTile&, float* scratch, float* partial);
 };
 
-// A tile's softmax state: maximum and sum per row, then the weighted values per row.
-constexpr std::int64_t state_floats(int head_dim) { return std::int64_t{kTileRows} * (head_dim + 2); }
+// A tile's softmax state per head: per row the maximum, 16 sums and the weighted values.
+constexpr std::int64_t state_floats(int head_dim) { return std::int64_t{kTileRows} * (1 + 16 + head_dim); }
 
 struct RopeCall {
   float* qkv;            // [T, (num_heads + 2 * num_kv_heads) * head_dim]

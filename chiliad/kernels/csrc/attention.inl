@@ -1,4 +1,4 @@
-// Paged attention, one tile at a time. A query row's result depends on its own q and context
+// Paged attention, one item at a time. A query row's result depends on its own q and context
 // only: the context is walked in rounds of call.step tokens that start at fixed positions, every
 // sum runs over tokens (or head_dim) in rising order whatever the tile, a round that a row
 // cannot see leaves its state untouched, and tokens masked inside a round add exact zeros.
@@ -9,7 +9,6 @@
 // are rounded to bfloat16, and prefill and decode share that path.
 #include "attention.h"
 #include "lanes.h"
-#include "twins.h"
 
 namespace chiliad {
 namespace {
@@ -22,35 +21,121 @@ constexpr float kLog2e = 1.44269504088896341f;
 
 CHILIAD_INLINE int least(int a, int b) { return a < b ? a : b; }
 CHILIAD_INLINE int most(int a, int b) { return a > b ? a : b; }
+CHILIAD_INLINE int item_bytes(const AttentionCall& call) { return call.bfloat16 ? 2 : 4; }
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-#define CHILIAD_TILES 1
-#endif
+std::int64_t padded(int head_dim) { return (head_dim + 31) / 32 * 32; }
 
 // Where scratch lies. `weights` are scores first, then softmax weights: [kTileRows, kStepTokens].
+// q, state and total are per head of the item.
 struct Scratch {
-  float *q, *weights, *state, *total;
-  bf16 *q16, *weights16;
-  Scratch(float* at, int head_dim) {
-    const std::int64_t q_floats = kTileRows * padded(head_dim), weight_floats = kTileRows * kStepTokens;
-    q = at;
-    weights = q + q_floats;
-    state = weights + weight_floats;
-    total = state + state_floats(head_dim);
-    q16 = reinterpret_cast<bf16*>(total + state_floats(head_dim));
-    weights16 = q16 + q_floats;
-  }
-  static std::int64_t padded(int head_dim) { return (head_dim + 31) / 32 * 32; }
-  static std::int64_t floats(int head_dim) {
-    return kTileRows * (padded(head_dim) + kStepTokens) * 3 / 2 + 2 * state_floats(head_dim);
-  }
+  float *weights, *state, *total, *q;
+  bf16* weights16;
+  Scratch(float* at, int head_dim, int heads)
+      : weights(at), state(at + kTileRows * kStepTokens), total(state + heads * state_floats(head_dim)),
+        q(total + heads * state_floats(head_dim)),
+        weights16(reinterpret_cast<bf16*>(q + heads * kTileRows * padded(head_dim))) {}
 };
 
-// The pages of a round: K and V of each strip of 16 tokens.
-struct Round {
-  const void *k[kStrips], *v[kStrips];
-  int first, count;  // strips that some row of the tile sees; k and v start at `first`
+std::int64_t scratch_floats(int head_dim, int heads) {
+  return heads * (2 * state_floats(head_dim) + kTileRows * padded(head_dim)) + kTileRows * kStepTokens * 3 / 2;
+}
+
+// A tile's softmax state: per row the maximum score, the sum of weights (still one per lane: a
+// token's lane is fixed) and the weighted values.
+struct State {
+  float *maximum, *sums, *values;
+  explicit State(float* at)
+      : maximum(at), sums(at + kTileRows), values(at + kTileRows * (1 + kStrip)) {}
 };
+
+// ---- the pages of a round ----
+
+struct Round {
+  const char *k[kStrips], *v[kStrips];  // of each strip of 16 tokens
+  int start;  // the first strip's first token
+  int count;  // strips, only those that some row of the tile sees
+};
+
+// Tokens [begin, begin + call.step) within [low, high).
+Round round_of(const AttentionCall& call, const AttentionTile& tile, int head, int begin, int low, int high) {
+  Round round;
+  const int first = most(low - begin, 0) / call.span * call.span;
+  round.start = begin + first;
+  round.count = (least(high - begin, call.step) - first + kStrip - 1) / kStrip;
+  const std::int64_t item = item_bytes(call), pair = call.bfloat16 ? 2 : 1;
+  const std::int64_t head_bytes = std::int64_t{call.block_tokens} * call.head_dim * item;
+  int block = round.start / call.block_tokens, offset = round.start % call.block_tokens;
+  for (int s = 0; s < round.count; ++s) {
+    const char* page = reinterpret_cast<const char*>(call.arena) +
+                       tile.table[block * call.table_stride] * call.page_bytes + head * head_bytes;
+    round.k[s] = page + offset * pair * item;
+    round.v[s] = page + call.num_kv_heads * head_bytes + std::int64_t{offset} * call.head_dim * item;
+    offset += kStrip;
+    if (offset == call.block_tokens) offset = 0, ++block;
+  }
+  return round;
+}
+
+// Fetches what comes after the round at hand, page after page in the order of addresses: the
+// blocks lie anywhere in the arena, and reading them head by head, K here and V there, would
+// leave the hardware's own prefetching behind. Ends with the first round of the next item.
+class Ahead {
+ public:
+  Ahead(const AttentionCall& call, const AttentionTile& tile, const AttentionTile* next)
+      : call_(call), next_(next), chunk_((tile.head_end - tile.head_begin) * head_bytes()),
+        per_round_(call.step / call.block_tokens * 2 * (chunk_ / 64)) {
+    if (per_round_ > 0) open(tile, false);
+  }
+
+  // Lines to fetch while one head of one round is computed.
+  int per_round(int heads) const { return (per_round_ + heads - 1) / heads; }
+
+  CHILIAD_INLINE void take(int lines) {
+    while (lines > 0) {
+      if (at_ == end_ && !advance()) return;
+      for (; lines > 0 && at_ != end_; --lines, at_ += 64) __builtin_prefetch(at_, 0, 2);
+    }
+  }
+
+ private:
+  std::int64_t head_bytes() const { return std::int64_t{call_.block_tokens} * call_.head_dim * item_bytes(call_); }
+
+  void open(const AttentionTile& tile, bool first_round) {
+    const int group = call_.num_heads / call_.num_kv_heads;
+    const int low = call_.window > 0 ? most(tile.position + tile.begin / group - call_.window + 1, 0) : 0;
+    const int high = least(tile.position + (tile.end - 1) / group + 1, tile.last_split * call_.split);
+    const int begin = most(low / call_.step * call_.step, tile.first_split * call_.split);
+    tile_ = &tile;
+    block_ = (first_round ? begin : begin + call_.step) / call_.block_tokens;
+    last_block_ = ((first_round ? least(high, begin + call_.step) : high) + call_.block_tokens - 1) / call_.block_tokens;
+    values_ = true;
+  }
+
+  bool advance() {
+    if (tile_ == nullptr) return false;
+    values_ = !values_;
+    if (!values_ && block_ >= last_block_) {
+      if (next_ == nullptr) return tile_ = nullptr, false;
+      open(*next_, true);
+      next_ = nullptr;
+      return advance();
+    }
+    at_ = reinterpret_cast<const char*>(call_.arena) + tile_->table[block_ * call_.table_stride] * call_.page_bytes +
+          (tile_->head_begin + (values_ ? call_.num_kv_heads : 0)) * head_bytes();
+    end_ = at_ + chunk_;
+    block_ += values_;
+    return true;
+  }
+
+  const AttentionCall& call_;
+  const AttentionTile *tile_ = nullptr, *next_;
+  std::int64_t chunk_;
+  int per_round_, block_ = 0, last_block_ = 0;
+  bool values_ = false;
+  const char *at_ = nullptr, *end_ = nullptr;
+};
+
+// ---- the float path ----
 
 struct Float32 {
   using T = float;
@@ -78,11 +163,11 @@ constexpr int mix_vectors(int rows) { return kLanes == 16 && rows <= 3 ? 4 : 2; 
 
 // scores[r][strip * 16 + t] = q[r] . K[t], for kRows rows and kCount strips.
 template <class KV, int kRows, int kCount>
-inline void score_block(const float* q, int head_dim, std::int64_t width, const void* const* k, int block_tokens,
-                        float* scores) {
+CHILIAD_INLINE void score_block(const float* q, int head_dim, std::int64_t width, const char* const* k,
+                                int block_tokens, float* scores) {
   constexpr int kVectors = kCount * kPerStrip;
   const typename KV::T* at[kCount];
-  for (int s = 0; s < kCount; ++s) at[s] = static_cast<const typename KV::T*>(k[s]);
+  for (int s = 0; s < kCount; ++s) at[s] = reinterpret_cast<const typename KV::T*>(k[s]);
   Vec sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -117,26 +202,31 @@ inline void score_block(const float* q, int head_dim, std::int64_t width, const 
 }
 
 template <class KV, int kRows>
-void score_rows(const AttentionCall& call, const Round& round, const float* q, std::int64_t width, float* scores) {
+void score_rows(const AttentionCall& call, const Round& round, const float* q, float* scores, Ahead& ahead, int lines) {
   constexpr int kCount = score_strips(kRows);
+  const std::int64_t width = padded(call.head_dim);
   int s = 0;
-  for (; s + kCount <= round.count; s += kCount)
+  for (; s + kCount <= round.count; s += kCount) {
+    ahead.take(lines * kCount);
     score_block<KV, kRows, kCount>(q, call.head_dim, width, round.k + s, call.block_tokens, scores + s * kStrip);
+  }
   if constexpr (kCount > 1)
-    for (; s < round.count; ++s)
+    for (; s < round.count; ++s) {
+      ahead.take(lines);
       score_block<KV, kRows, 1>(q, call.head_dim, width, round.k + s, call.block_tokens, scores + s * kStrip);
+    }
 }
 
 // values[r][d ...] += sum_t weights[r][t] * V[t][d ...], kCount vectors of d.
 template <class KV, int kRows, int kCount>
-inline void mix_block(const Round& round, const float* weights, int head_dim, int d, float* values) {
+CHILIAD_INLINE void mix_block(const Round& round, const float* weights, int head_dim, int d, float* values) {
   Vec sums[kRows][kCount];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) sums[r][i] = vload(values + r * head_dim + d + i * kLanes);
   for (int s = 0; s < round.count; ++s) {
-    const typename KV::T* v = static_cast<const typename KV::T*>(round.v[s]) + d * KV::kPair;
+    const typename KV::T* v = reinterpret_cast<const typename KV::T*>(round.v[s]) + d * KV::kPair;
     const float* w = weights + s * kStrip;
     for (int t = 0; t < kStrip; t += KV::kPair, v += head_dim * KV::kPair) {
       Vec even[kCount], odd[kCount];
@@ -165,18 +255,20 @@ inline void mix_block(const Round& round, const float* weights, int head_dim, in
 }
 
 template <class KV, int kRows>
-void mix_rows(const AttentionCall& call, const Round& round, const float* weights, float* values) {
+void mix_rows(const AttentionCall& call, const Round& round, const float* weights, float* values, Ahead& ahead, int lines) {
   constexpr int kCount = mix_vectors(kRows);
-  const int head_dim = call.head_dim;
+  const int head_dim = call.head_dim, per_vector = lines * kStrips * kLanes / most(head_dim, kLanes);
   int d = 0;
-  for (; d + kCount * kLanes <= head_dim; d += kCount * kLanes)
+  for (; d + kCount * kLanes <= head_dim; d += kCount * kLanes) {
+    ahead.take(per_vector * kCount);
     mix_block<KV, kRows, kCount>(round, weights, head_dim, d, values);
+  }
   for (; d + kLanes <= head_dim; d += kLanes) mix_block<KV, kRows, 1>(round, weights, head_dim, d, values);
   for (; d < head_dim; ++d)  // the rest of a head_dim that no vector divides
     for (int r = 0; r < kRows; ++r) {
       float sum = values[r * head_dim + d];
       for (int s = 0; s < round.count; ++s) {
-        const typename KV::T* v = static_cast<const typename KV::T*>(round.v[s]) + d * KV::kPair;
+        const typename KV::T* v = reinterpret_cast<const typename KV::T*>(round.v[s]) + d * KV::kPair;
         for (int t = 0; t < kStrip; t += KV::kPair, v += head_dim * KV::kPair) {
           float even, odd = 0;
           KV::read(v, even, odd);
@@ -208,160 +300,97 @@ CHILIAD_INLINE void row_blocks(int rows, const Body& body) {
   }
 }
 
-// The strips of tokens [begin, end) that lie in [low, high), the range some row of the tile sees.
-inline Round strips_of(const AttentionCall& call, const AttentionTile& tile, int begin, int low, int high) {
-  Round round;
-  round.first = most(low - begin, 0) / call.span * call.span / kStrip;
-  const int last = (least(high - begin, call.step) + kStrip - 1) / kStrip;
-  round.count = last - round.first;
-  const std::int64_t item = call.bfloat16 ? 2 : 4, pair = call.bfloat16 ? 2 : 1;
-  const std::int64_t head = std::int64_t{call.block_tokens} * call.head_dim * item;
-  for (int s = 0; s < round.count; ++s) {
-    const int token = begin + (round.first + s) * kStrip;
-    const std::int64_t offset = token % call.block_tokens;
-    const std::uint8_t* page =
-        call.arena + tile.table[token / call.block_tokens * call.table_stride] * call.page_bytes + tile.kv_head * head;
-    round.k[s] = page + offset * pair * item;
-    round.v[s] = page + call.num_kv_heads * head + offset * call.head_dim * item;
-  }
-  return round;
-}
-
 // The tokens of a round that one row sees: [low, high), counted from the round's first strip.
 struct Seen {
   int low, high;
 };
 
-inline Seen seen(const AttentionCall& call, int position, int begin, const Round& round) {
-  const int low = call.window > 0 ? position - call.window + 1 : 0, start = begin + round.first * kStrip;
-  return {most(low - start, 0), most(least(position + 1 - start, round.count * kStrip), 0)};
+CHILIAD_INLINE Seen seen(const AttentionCall& call, int position, const Round& round) {
+  const int low = call.window > 0 ? position - call.window + 1 : 0;
+  return {most(low - round.start, 0), most(least(position + 1 - round.start, round.count * kStrip), 0)};
 }
 
-// scores -> weights in place for one row; updates the row's maximum and sum, scales its values.
-inline void soften(float* scores, Seen see, int count, float* maximum, float* sum_of, float* values, int head_dim) {
-  const int tokens = count * kStrip;
-  if (see.low >= see.high) {
-    for (int t = 0; t < tokens; t += kLanes) vstore(scores + t, vset(0.0f));
-    return;
-  }
+// Hide what the row does not see, by selection: those scores may be anything.
+CHILIAD_INLINE void hide(float* scores, Seen see, int tokens) {
   for (int t = 0; t < see.low; ++t) scores[t] = kLowest;
   for (int t = see.high; t < tokens; ++t) scores[t] = kLowest;
-  Vec peak = vset(kLowest);
-  for (int t = 0; t < tokens; t += kLanes) peak = vmax(peak, vload(scores + t));
-  const float before = *maximum, now = __builtin_fmaxf(before, vtop(peak));
-  Vec added = vset(0.0f);
-  for (int t = 0; t < tokens; t += kLanes) {
-    const Vec w = vexp2_below(vload(scores + t) - vset(now));
-    vstore(scores + t, w);
-    added = added + w;
-  }
-  const float fade = before == now ? 1.0f : exp2_below(before - now);
-  *maximum = now;
-  *sum_of = __builtin_fmaf(*sum_of, fade, vsum(added));
-  if (fade != 1.0f) {
-    int d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) vstore(values + d, vload(values + d) * vset(fade));
-    for (; d < head_dim; ++d) values[d] *= fade;
-  }
 }
 
-struct State {
-  float *maximum, *sum, *values;
-  State(float* at) : maximum(at), sum(at + kTileRows), values(at + 2 * kTileRows) {}
-};
-
-inline void clear(State state, int rows, int head_dim) {
-  for (int r = 0; r < rows; ++r) state.maximum[r] = kLowest, state.sum[r] = 0;
-  __builtin_memset(state.values, 0, sizeof(float) * rows * head_dim);
+CHILIAD_INLINE void fade_values(float* values, float fade, int head_dim) {
+  int d = 0;
+  for (; d + kLanes <= head_dim; d += kLanes) vstore(values + d, vload(values + d) * vset(fade));
+  for (; d < head_dim; ++d) values[d] *= fade;
 }
 
-// total += part: two states of neighbouring parts of the context, the earlier one in total.
-inline void merge_state(State total, const State part, int rows, int head_dim) {
-  for (int r = 0; r < rows; ++r) {
-    if (part.sum[r] == 0) continue;  // saw nothing
-    const float now = __builtin_fmaxf(total.maximum[r], part.maximum[r]);
-    const float a = exp2_below(total.maximum[r] - now), b = exp2_below(part.maximum[r] - now);
-    total.maximum[r] = now;
-    total.sum[r] = __builtin_fmaf(total.sum[r], a, part.sum[r] * b);
-    float* to = total.values + r * head_dim;
-    const float* from = part.values + r * head_dim;
-    int d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) vstore(to + d, vfma(vload(to + d), vset(a), vload(from + d) * vset(b)));
-    for (; d < head_dim; ++d) to[d] = __builtin_fmaf(to[d], a, from[d] * b);
-  }
-}
-
-inline void write_out(const AttentionCall& call, const AttentionTile& tile, const State state) {
-  const int group = call.num_heads / call.num_kv_heads, head_dim = call.head_dim;
-  for (int f = tile.begin; f < tile.end; ++f) {
-    const int r = f - tile.begin, head = tile.kv_head * group + f % group;
-    float* to = call.out + (std::int64_t{tile.row} + f / group) * call.num_heads * head_dim + head * head_dim;
-    const float* from = state.values + r * head_dim;
-    const float scale = 1.0f / state.sum[r];
-    int d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) vstore(to + d, vload(from + d) * vset(scale));
-    for (; d < head_dim; ++d) to[d] = from[d] * scale;
-  }
-}
-
-inline const float* query(const AttentionCall& call, const AttentionTile& tile, int flat) {
+CHILIAD_INLINE const float* query(const AttentionCall& call, const AttentionTile& tile, int head, int flat) {
   const int group = call.num_heads / call.num_kv_heads;
-  return call.q + (std::int64_t{tile.row} + flat / group) * call.q_stride +
-         (tile.kv_head * group + flat % group) * call.head_dim;
+  return call.q + (std::int64_t{tile.row} + flat / group) * call.q_stride + (head * group + flat % group) * call.head_dim;
 }
 
-// Ask for the next round's pages while this one is computed: blocks lie anywhere in the arena, and
-// the hardware's own prefetching stops at each 4 KB.
-inline void prefetch(const AttentionCall& call, const Round& round) {
-  const int lines = call.head_dim / (call.bfloat16 ? 2 : 1);
-  const std::int64_t stride = std::int64_t{call.block_tokens} * 4;
-  for (int s = 0; s < round.count; ++s) {
-    const char *k = static_cast<const char*>(round.k[s]), *v = static_cast<const char*>(round.v[s]);
-    for (int i = 0; i < lines; ++i) {
-      __builtin_prefetch(k + i * stride, 0, 2);
-      __builtin_prefetch(v + i * 64, 0, 2);
-    }
-  }
-}
-
-// The arithmetic of one path over one tile: load queries, then rounds.
 template <class KV>
 struct FloatPath {
   const AttentionCall& call;
   const AttentionTile& tile;
   const Scratch& at;
-  int rows;
-  std::int64_t width;
+  const int rows;
 
   FloatPath(const AttentionCall& call, const AttentionTile& tile, const Scratch& at)
-      : call(call), tile(tile), at(at), rows(tile.end - tile.begin), width(Scratch::padded(call.head_dim)) {
+      : call(call), tile(tile), at(at), rows(tile.end - tile.begin) {
     const float factor = call.scale * kLog2e;
-    for (int r = 0; r < rows; ++r) {
-      const float* q = query(call, tile, tile.begin + r);
-      for (int d = 0; d < call.head_dim; ++d) at.q[r * width + d] = q[d] * factor;
-    }
+    for (int head = tile.head_begin; head < tile.head_end; ++head)
+      for (int r = 0; r < rows; ++r) {
+        const float* from = query(call, tile, head, tile.begin + r);
+        float* to = queries(head) + r * padded(call.head_dim);
+        for (int d = 0; d < call.head_dim; ++d) to[d] = from[d] * factor;
+      }
   }
 
-  void round(const Round& round, int begin, State state) const {
+  float* queries(int head) const { return at.q + (head - tile.head_begin) * kTileRows * padded(call.head_dim); }
+
+  void round(int head, const Round& round, State state, Ahead& ahead, int lines) const {
     const int group = call.num_heads / call.num_kv_heads;
+    const std::int64_t width = padded(call.head_dim);
+    const float* q = queries(head);
     row_blocks(rows, [&](int r, auto size) {
-      score_rows<KV, decltype(size)::value>(call, round, at.q + r * width, width, at.weights + r * kStepTokens);
+      score_rows<KV, decltype(size)::value>(call, round, q + r * width, at.weights + r * kStepTokens, ahead, r ? 0 : lines);
     });
-    for (int r = 0; r < rows; ++r) {
-      const int position = tile.position + (tile.begin + r) / group;
-      soften(at.weights + r * kStepTokens, seen(call, position, begin, round), round.count, state.maximum + r,
-             state.sum + r, state.values + r * call.head_dim, call.head_dim);
+    for (int r = 0; r < rows; ++r)
+      soften(at.weights + r * kStepTokens, seen(call, tile.position + (tile.begin + r) / group, round),
+             round.count * kStrip, state.maximum + r, state.sums + r * kStrip, state.values + r * call.head_dim);
+    row_blocks(rows, [&](int r, auto size) {
+      mix_rows<KV, decltype(size)::value>(call, round, at.weights + r * kStepTokens, state.values + r * call.head_dim,
+                                          ahead, r ? 0 : lines);
+    });
+  }
+
+  // scores -> weights in place for one row; updates the row's maximum and sums, scales its values.
+  void soften(float* scores, Seen see, int tokens, float* maximum, float* sums, float* values) const {
+    if (see.low >= see.high) {
+      for (int t = 0; t < tokens; t += kLanes) vstore(scores + t, vset(0.0f));
+      return;
     }
-    row_blocks(rows, [&](int r, auto size) {
-      mix_rows<KV, decltype(size)::value>(call, round, at.weights + r * kStepTokens,
-                                          state.values + r * call.head_dim);
-    });
+    hide(scores, see, tokens);
+    Vec peak = vset(kLowest);
+    for (int t = 0; t < tokens; t += kLanes) peak = vmax(peak, vload(scores + t));
+    const float before = *maximum, top = vtop(peak), now = top > before ? top : before;
+    Vec added = vset(0.0f);
+    for (int t = 0; t < tokens; t += kLanes) {
+      const Vec w = vexp2_below(vload(scores + t) - vset(now));
+      vstore(scores + t, w);
+      added = added + w;
+    }
+    const float fade = before == now ? 1.0f : exp2_below(before - now);
+    *maximum = now;
+    vstore(sums, vfma(vload(sums), vset(fade), added));
+    if (fade != 1.0f) fade_values(values, fade, call.head_dim);
   }
 };
 
-#if CHILIAD_TILES
+// ---- the tile path ----
 
-// Tile registers: 0, 1 sums; 2, 3 queries; 4 K; 5, 6 weights; 7 V.
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define CHILIAD_TILES 1
+
 struct alignas(64) TileShapes {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {};
@@ -371,126 +400,173 @@ struct alignas(64) TileShapes {
 // The tile intrinsics of gcc 12 do not say that they read memory.
 CHILIAD_INLINE void memory_is_read(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
+// Largest lane of each of 16 vectors, vector i's in lane i.
+CHILIAD_INLINE __m512 tops_of(const __m512* x) {
+  __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm512_max_ps(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    const __m512d low = _mm512_castps_pd(a[2 * i]), high = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)), _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm512_max_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  return _mm512_max_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
+}
+
+// 2^x for x <= 0 to 1e-4: three terms are plenty for a weight that is rounded to 8 bits.
+CHILIAD_INLINE __m512 coarse_exp2(__m512 x) {
+  const __m512 f = _mm512_reduce_ps(x, 0x08);
+  __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(0.0550086057f), f, _mm512_set1_ps(0.242211008f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.693282967f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, _mm512_sub_ps(x, f));
+}
+
+// Tile registers: 0, 1 sums; 2, 3 queries; 4 K; 5, 6 weights; 7 V.
 struct TilePath {
   const AttentionCall& call;
   const AttentionTile& tile;
   const Scratch& at;
-  int rows, halves;  // halves: blocks of 16 rows
-  int tokens;        // per V tile: 32, or 16 where pages do not hold whole 32s
-  float factor;
+  const int rows, halves;  // halves: blocks of 16 rows
+  const int strips;        // of tokens per V tile: 2, or 1 where pages do not hold whole 32s
+  const float factor;
 
   static bool takes(const AttentionCall& call) { return call.bfloat16 && call.head_dim % 32 == 0 && call.scale > 0; }
 
   TilePath(const AttentionCall& call, const AttentionTile& tile, const Scratch& at)
       : call(call), tile(tile), at(at), rows(tile.end - tile.begin), halves(rows > 16 ? 2 : 1),
-        tokens(call.span % 32 == 0 ? 32 : 16), factor(call.scale * kLog2e) {
+        strips(call.span % 32 == 0 ? 2 : 1), factor(call.scale * kLog2e) {
     TileShapes shapes;
     const int first = least(rows, 16), second = halves == 2 ? rows - 16 : first;
-    const int heights[8] = {first, second, first, second, 16, first, second, tokens / 2};
+    const int heights[8] = {first, second, first, second, 16, first, second, strips * 8};
     for (int i = 0; i < 8; ++i) {
       shapes.rows[i] = static_cast<std::uint8_t>(heights[i]);
-      shapes.row_bytes[i] = static_cast<std::uint16_t>(i == 5 || i == 6 ? tokens * 2 : 64);
+      shapes.row_bytes[i] = static_cast<std::uint16_t>(i == 5 || i == 6 ? strips * 32 : 64);
     }
     memory_is_read(&shapes);
     _tile_loadconfig(&shapes);
-    for (int r = 0; r < rows; ++r) {
-      const float* q = query(call, tile, tile.begin + r);
-      bf16* to = at.q16 + r * call.head_dim;
-      for (int d = 0; d < call.head_dim; d += 16)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(q + d))));
-    }
+    for (int head = tile.head_begin; head < tile.head_end; ++head)
+      for (int r = 0; r < rows; ++r) {
+        const float* from = query(call, tile, head, tile.begin + r);
+        bf16* to = queries(head) + r * call.head_dim;
+        for (int d = 0; d < call.head_dim; d += 32) {
+          const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + d + 16), _mm512_loadu_ps(from + d));
+          _mm512_storeu_si512(to + d, reinterpret_cast<__m512i>(both));
+        }
+      }
   }
-
   ~TilePath() { _tile_release(); }
 
-  void score(const Round& round) const {
+  bf16* queries(int head) const {
+    return reinterpret_cast<bf16*>(at.q + (head - tile.head_begin) * kTileRows * padded(call.head_dim));
+  }
+
+  void round(int head, const Round& round, State state, Ahead& ahead, int lines) const {
+    score(queries(head), round, ahead, lines);
+    for (int half = 0; half < halves; ++half) soften(half * 16, least(rows, half * 16 + 16), round, state);
+    mix(round, state.values, ahead, lines);
+  }
+
+  void score(const bf16* q, const Round& round, Ahead& ahead, int lines) const {
     const std::int64_t stride = std::int64_t{call.block_tokens} * 4, q_bytes = std::int64_t{call.head_dim} * 2;
-    const bf16* q = at.q16;
-    float* to = at.weights;
+    const bf16* q2 = q + 16 * call.head_dim;
+    float *to = at.weights, *to2 = to + 16 * kStepTokens;
     memory_is_read(q);
-    if (halves == 2) {
-      for (int s = 0; s < round.count; ++s) {
-        const char* k = static_cast<const char*>(round.k[s]);
-        _tile_zero(0);
+    for (int s = 0; s < round.count; ++s) {
+      ahead.take(lines);
+      const char* k = round.k[s];
+      _tile_zero(0);
+      if (halves == 2) {
         _tile_zero(1);
         for (int d = 0; d < call.head_dim; d += 32) {
           _tile_loadd(4, k + d / 2 * stride, stride);
           _tile_loadd(2, q + d, q_bytes);
           _tile_dpbf16ps(0, 2, 4);
-          _tile_loadd(3, q + 16 * call.head_dim + d, q_bytes);
+          _tile_loadd(3, q2 + d, q_bytes);
           _tile_dpbf16ps(1, 3, 4);
         }
-        _tile_stored(0, to + s * kStrip, kStepTokens * 4);
-        _tile_stored(1, to + 16 * kStepTokens + s * kStrip, kStepTokens * 4);
-      }
-    } else {
-      for (int s = 0; s < round.count; ++s) {
-        const char* k = static_cast<const char*>(round.k[s]);
-        _tile_zero(0);
+        _tile_stored(1, to2 + s * kStrip, kStepTokens * 4);
+      } else {
         for (int d = 0; d < call.head_dim; d += 32) {
           _tile_loadd(4, k + d / 2 * stride, stride);
           _tile_loadd(2, q + d, q_bytes);
           _tile_dpbf16ps(0, 2, 4);
         }
-        _tile_stored(0, to + s * kStrip, kStepTokens * 4);
       }
+      _tile_stored(0, to + s * kStrip, kStepTokens * 4);
     }
   }
 
-  // Like the float path's soften, with weights rounded to bfloat16 for the tiles.
-  void soften_row(float* scores, bf16* weights, Seen see, int count, float* maximum, float* sum_of,
-                  float* values) const {
-    const int tokens = count * kStrip, padded = (count + 1) / 2 * 2 * kStrip;
-    if (see.low >= see.high) {
-      __builtin_memset(weights, 0, padded * 2);
-      return;
+  // Like the float path's, with weights rounded to bfloat16, for up to 16 rows at once.
+  void soften(int begin, int end, const Round& round, State state) const {
+    const int group = call.num_heads / call.num_kv_heads;
+    const int tokens = (round.count + 1) / 2 * 2 * kStrip;  // a V tile may hold two strips
+    bool blind[16];
+    __m512 peaks[16];
+    for (int i = 0; i < 16; ++i) {
+      peaks[i] = _mm512_set1_ps(kLowest);
+      if (begin + i >= end) continue;
+      float* scores = at.weights + (begin + i) * kStepTokens;
+      const Seen see = seen(call, tile.position + (tile.begin + begin + i) / group, round);
+      blind[i] = see.low >= see.high;
+      if (blind[i]) continue;
+      hide(scores, see, tokens);
+      for (int t = 0; t < tokens; t += 16) peaks[i] = _mm512_max_ps(peaks[i], _mm512_loadu_ps(scores + t));
     }
-    for (int t = 0; t < see.low; ++t) scores[t] = kLowest;
-    for (int t = see.high; t < padded; ++t) scores[t] = kLowest;
-    __m512 peak = _mm512_set1_ps(kLowest);
-    for (int t = 0; t < tokens; t += 16) peak = _mm512_max_ps(peak, _mm512_loadu_ps(scores + t));
-    const float before = *maximum, now = __builtin_fmaxf(before, _mm512_reduce_max_ps(peak) * factor);
-    const __m512 scale = _mm512_set1_ps(factor), shift = _mm512_set1_ps(-now);
-    __m512 added = _mm512_setzero_ps();
-    for (int t = 0; t < padded; t += 16) {
-      // 2^x, x <= 0, to 1e-4: three terms are plenty for a weight that is rounded to 8 bits
-      const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(scores + t), scale, shift);
-      const __m512 f = _mm512_reduce_ps(x, 0x08);
-      __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(0.0550086057f), f, _mm512_set1_ps(0.242211008f));
-      y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.693282967f));
-      y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-      y = _mm512_scalef_ps(y, _mm512_sub_ps(x, f));
-      added = _mm512_add_ps(added, y);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(weights + t), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y)));
+    const __m512 before = _mm512_loadu_ps(state.maximum + begin), scale = _mm512_set1_ps(factor);
+    const __m512 now = _mm512_max_ps(_mm512_mul_ps(tops_of(peaks), scale), before);
+    alignas(64) float fades[16], maxima[16];
+    _mm512_store_ps(fades, _mm512_mask_mov_ps(vexp2_below(_mm512_sub_ps(before, now)),
+                                              _mm512_cmp_ps_mask(before, now, _CMP_EQ_OQ), _mm512_set1_ps(1.0f)));
+    _mm512_store_ps(maxima, now);
+    _mm512_storeu_ps(state.maximum + begin, now);
+    for (int r = begin; r < end; ++r) {
+      bf16* weights = at.weights16 + r * kStepTokens;
+      if (blind[r - begin]) {
+        for (int t = 0; t < tokens; t += 32) _mm512_storeu_si512(weights + t, _mm512_setzero_si512());
+        continue;
+      }
+      const float *scores = at.weights + r * kStepTokens, fade = fades[r - begin];
+      const __m512 top = _mm512_set1_ps(maxima[r - begin]);
+      __m512 added = _mm512_setzero_ps();
+      for (int t = 0; t < tokens; t += 32) {
+        const __m512 a = coarse_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t), scale, top));
+        const __m512 b = coarse_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t + 16), scale, top));
+        added = _mm512_add_ps(_mm512_add_ps(added, a), b);
+        _mm512_storeu_si512(weights + t, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a)));
+      }
+      float* sums = state.sums + r * kStrip;
+      _mm512_storeu_ps(sums, _mm512_fmadd_ps(_mm512_loadu_ps(sums), _mm512_set1_ps(fade), added));
+      if (fade != 1.0f) fade_values(state.values + r * call.head_dim, fade, call.head_dim);
     }
-    const float fade = before == now ? 1.0f : exp2_below(before - now);
-    *maximum = now;
-    *sum_of = __builtin_fmaf(*sum_of, fade, _mm512_reduce_add_ps(added));
-    if (fade != 1.0f)
-      for (int d = 0; d < call.head_dim; d += 16)
-        _mm512_storeu_ps(values + d, _mm512_mul_ps(_mm512_loadu_ps(values + d), _mm512_set1_ps(fade)));
   }
 
-  void mix(const Round& round, float* values) const {
+  void mix(const Round& round, float* values, Ahead& ahead, int lines) const {
     const std::int64_t stride = std::int64_t{call.head_dim} * 4, weight_bytes = kStepTokens * 2;
-    const bf16* w = at.weights16;
-    const int strips = tokens / kStrip;
+    const int per_tile = lines * kStrips * 16 / call.head_dim;
+    const bf16 *w = at.weights16, *w2 = w + 16 * kStepTokens;
+    float* values2 = values + 16 * call.head_dim;
     memory_is_read(w);
     for (int d = 0; d < call.head_dim; d += 16) {
+      ahead.take(per_tile);
       _tile_loadd(0, values + d, stride);
       if (halves == 2) {
-        _tile_loadd(1, values + 16 * call.head_dim + d, stride);
+        _tile_loadd(1, values2 + d, stride);
         for (int s = 0; s < round.count; s += strips) {
-          _tile_loadd(7, static_cast<const char*>(round.v[s]) + d * 4, stride);
+          _tile_loadd(7, round.v[s] + d * 4, stride);
           _tile_loadd(5, w + s * kStrip, weight_bytes);
           _tile_dpbf16ps(0, 5, 7);
-          _tile_loadd(6, w + 16 * kStepTokens + s * kStrip, weight_bytes);
+          _tile_loadd(6, w2 + s * kStrip, weight_bytes);
           _tile_dpbf16ps(1, 6, 7);
         }
-        _tile_stored(1, values + 16 * call.head_dim + d, stride);
+        _tile_stored(1, values2 + d, stride);
       } else {
         for (int s = 0; s < round.count; s += strips) {
-          _tile_loadd(7, static_cast<const char*>(round.v[s]) + d * 4, stride);
+          _tile_loadd(7, round.v[s] + d * 4, stride);
           _tile_loadd(5, w + s * kStrip, weight_bytes);
           _tile_dpbf16ps(0, 5, 7);
         }
@@ -498,77 +574,104 @@ struct TilePath {
       _tile_stored(0, values + d, stride);
     }
   }
-
-  void round(const Round& round, int begin, State state) const {
-    const int group = call.num_heads / call.num_kv_heads;
-    score(round);
-    for (int r = 0; r < rows; ++r) {
-      const int position = tile.position + (tile.begin + r) / group;
-      soften_row(at.weights + r * kStepTokens, at.weights16 + r * kStepTokens, seen(call, position, begin, round),
-                 round.count, state.maximum + r, state.sum + r, state.values + r * call.head_dim);
-    }
-    mix(round, state.values);
-  }
 };
 
 #endif
 
+// ---- items ----
+
+void clear(State state, int rows, int head_dim) {
+  for (int r = 0; r < kTileRows; ++r) state.maximum[r] = kLowest;
+  __builtin_memset(state.sums, 0, sizeof(float) * rows * kStrip);
+  __builtin_memset(state.values, 0, sizeof(float) * rows * head_dim);
+}
+
+// total += part: two states of neighbouring parts of the context, the earlier one in total.
+void merge_state(State total, const State part, int rows, int head_dim) {
+  for (int r = 0; r < rows; ++r) {
+    const float before = total.maximum[r], other = part.maximum[r], now = other > before ? other : before;
+    if (other == kLowest) continue;  // saw nothing
+    const float a = exp2_below(before - now), b = exp2_below(other - now);
+    total.maximum[r] = now;
+    const auto add = [&](float* to, const float* from, int size) {
+      int d = 0;
+      for (; d + kLanes <= size; d += kLanes)
+        vstore(to + d, vfma(vload(to + d), vset(a), vload(from + d) * vset(b)));
+      for (; d < size; ++d) to[d] = __builtin_fmaf(to[d], a, from[d] * b);
+    };
+    add(total.sums + r * kStrip, part.sums + r * kStrip, kLanes);
+    add(total.values + r * head_dim, part.values + r * head_dim, head_dim);
+  }
+}
+
+void write_out(const AttentionCall& call, const AttentionTile& tile, int head, const State state) {
+  const int group = call.num_heads / call.num_kv_heads, head_dim = call.head_dim;
+  for (int f = tile.begin; f < tile.end; ++f) {
+    const int r = f - tile.begin, q_head = head * group + f % group;
+    float* to = call.out + ((std::int64_t{tile.row} + f / group) * call.num_heads + q_head) * head_dim;
+    const float *from = state.values + r * head_dim, scale = 1.0f / vsum(vload(state.sums + r * kStrip));
+    int d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) vstore(to + d, vload(from + d) * vset(scale));
+    for (; d < head_dim; ++d) to[d] = from[d] * scale;
+  }
+}
+
 template <class Path>
-void run_tile(const AttentionCall& call, const AttentionTile& tile, const Scratch& at, float* partial) {
+void run_tile(const AttentionCall& call, const AttentionTile& tile, const AttentionTile* next, const Scratch& at,
+              float* partial) {
   const Path path(call, tile, at);
   const int group = call.num_heads / call.num_kv_heads, rows = tile.end - tile.begin;
-  const int first_position = tile.position + tile.begin / group;
-  const int low = call.window > 0 ? most(first_position - call.window + 1, 0) : 0;
+  const int heads = tile.head_end - tile.head_begin;
+  const int low = call.window > 0 ? most(tile.position + tile.begin / group - call.window + 1, 0) : 0;
   const int high = tile.position + (tile.end - 1) / group + 1;
   const bool one = tile.last_split - tile.first_split == 1;
-  const State total(at.total);
-  if (partial == nullptr && !one) clear(total, rows, call.head_dim);
+  const std::int64_t size = state_floats(call.head_dim);
+  const auto total = [&](int head) { return State(at.total + (head - tile.head_begin) * size); };
+  const auto state = [&](int head) {
+    return State((partial != nullptr ? partial : one ? at.total : at.state) + (head - tile.head_begin) * size);
+  };
+  Ahead ahead(call, tile, next);
+  // Prefill tiles compute far longer than they load.
+  const int lines = rows <= 16 ? ahead.per_round(heads) / (2 * kStrips) + 1 : 0;
+  if (!one)
+    for (int head = tile.head_begin; head < tile.head_end; ++head) clear(total(head), rows, call.head_dim);
   for (int split = tile.first_split; split < tile.last_split; ++split) {
-    const State state(partial != nullptr ? partial + (split - tile.first_split) * state_floats(call.head_dim)
-                      : one              ? at.total
-                                         : at.state);
-    clear(state, rows, call.head_dim);
+    for (int head = tile.head_begin; head < tile.head_end; ++head) clear(state(head), rows, call.head_dim);
     const int stop = least(high, (split + 1) * call.split);
-    int begin = most(split * call.split, low / call.step * call.step);
-    if (begin < stop) {
-      Round now = strips_of(call, tile, begin, low, high);
-      for (; begin < stop; begin += call.step) {
-        Round next;
-        if (begin + call.step < stop) {
-          next = strips_of(call, tile, begin + call.step, low, high);
-          if (rows <= 16) prefetch(call, next);
-        }
-        path.round(now, begin, state);
-        now = next;
-      }
-    }
-    if (partial == nullptr && !one) merge_state(total, state, rows, call.head_dim);
+    for (int begin = most(split * call.split, low / call.step * call.step); begin < stop; begin += call.step)
+      for (int head = tile.head_begin; head < tile.head_end; ++head)
+        path.round(head, round_of(call, tile, head, begin, low, high), state(head), ahead, lines);
+    if (!one)
+      for (int head = tile.head_begin; head < tile.head_end; ++head)
+        merge_state(total(head), state(head), rows, call.head_dim);
   }
-  if (partial == nullptr) write_out(call, tile, total);
+  if (partial == nullptr)
+    for (int head = tile.head_begin; head < tile.head_end; ++head) write_out(call, tile, head, total(head));
 }
 
-void tile(const AttentionCall& call, const AttentionTile& tile, float* scratch, float* partial) {
-  const Scratch at(scratch, call.head_dim);
+void tile(const AttentionCall& call, const AttentionTile& tile, const AttentionTile* next, float* scratch, float* partial) {
+  const Scratch at(scratch, call.head_dim, call.item_heads);
 #if CHILIAD_TILES
-  if (TilePath::takes(call)) return run_tile<TilePath>(call, tile, at, partial);
+  if (TilePath::takes(call)) return run_tile<TilePath>(call, tile, next, at, partial);
 #endif
-  if (call.bfloat16) return run_tile<FloatPath<BFloat16>>(call, tile, at, partial);
-  run_tile<FloatPath<Float32>>(call, tile, at, partial);
+  if (call.bfloat16) return run_tile<FloatPath<BFloat16>>(call, tile, next, at, partial);
+  run_tile<FloatPath<Float32>>(call, tile, next, at, partial);
 }
 
-void merge(const AttentionCall& call, const AttentionTile& tile, float* scratch, const float* partial) {
-  const Scratch at(scratch, call.head_dim);
-  const int rows = tile.end - tile.begin;
+void merge(const AttentionCall& call, const AttentionTile& tile, float* scratch, float* partial) {
+  const Scratch at(scratch, call.head_dim, call.item_heads);
+  const int rows = tile.end - tile.begin, heads = tile.head_end - tile.head_begin;
   const State total(at.total);
-  clear(total, rows, call.head_dim);
-  for (int split = tile.first_split; split < tile.last_split; ++split)
-    merge_state(total, State(const_cast<float*>(partial) + (split - tile.first_split) * state_floats(call.head_dim)),
-                rows, call.head_dim);
-  write_out(call, tile, total);
+  for (int i = 0; i < heads; ++i) {
+    clear(total, rows, call.head_dim);
+    for (int split = 0; split < tile.last_split - tile.first_split; ++split)
+      merge_state(total, State(partial + (split * call.item_heads + i) * state_floats(call.head_dim)), rows, call.head_dim);
+    write_out(call, tile, tile.head_begin + i, total);
+  }
 }
 
 }  // namespace
 
-extern const AttentionOps CHILIAD_TWIN(attention_ops) = {Scratch::floats, tile, merge};
+CHILIAD_EXPORT(AttentionOps, attention_ops) = {scratch_floats, tile, merge};
 
 }  // namespace chiliad

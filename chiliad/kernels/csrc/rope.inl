@@ -1,7 +1,6 @@
 // Per-head norms, rotation, and the write of k and v into their page, one page's rows at a time.
 #include "attention.h"
 #include "lanes.h"
-#include "twins.h"
 
 namespace chiliad {
 namespace {
@@ -85,6 +84,6 @@ void item(const RopeCall& call, const RopeItem& item) {
 
 }  // namespace
 
-extern const RopeOps CHILIAD_TWIN(rope_ops) = {item};
+CHILIAD_EXPORT(RopeOps, rope_ops) = {item};
 
 }  // namespace chiliad

@@ -3,12 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-
-#include "twins.h"
+#include <string>
 
 namespace chiliad {
 
-CHILIAD_TWINS(SampleOps, sample_ops)
+CHILIAD_TABLES(SampleOps, sample_ops)
 
 namespace {
 

@@ -1,7 +1,6 @@
 // The passes over a whole row of logits; everything after them sees few candidates.
 #include "lanes.h"
 #include "sample.h"
-#include "twins.h"
 
 namespace chiliad {
 namespace {
@@ -60,6 +59,6 @@ int collect(const float* x, int n, const float* tops, float limit, Candidate* to
 
 }  // namespace
 
-extern const SampleOps CHILIAD_TWIN(sample_ops) = {peak, mass, collect};
+CHILIAD_EXPORT(SampleOps, sample_ops) = {peak, mass, collect};
 
 }  // namespace chiliad
