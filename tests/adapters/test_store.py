@@ -489,7 +489,7 @@ def test_close_with_loads_under_way(tmp_path: Path) -> None:
 
 
 def test_history_is_bounded(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chiliad.adapters.store._REMEMBERED", 20)
+    monkeypatch.setattr("chiliad.adapters.residency._REMEMBERED", 20)
     for i in range(60):
         version = house.adapter(f"a{i}", 1)
         house.load(version)
