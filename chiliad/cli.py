@@ -153,11 +153,25 @@ _folders = click.option(
     multiple=True,
     help="Folder whose sub-folders are PEFT adapters. May be given several times.",
 )
+
+
+def _policy(context: click.Context, param: click.Parameter, value: str) -> str:
+    """Refuse an unknown policy before the model is loaded."""
+    from chiliad.engine.policy import make_policy
+
+    make_policy(value)
+    return value
+
+
 _policy_options = _stack(
     click.option(
         "--policy",
+        metavar="POLICY",
         default="fcfs",
-        help="Who goes next: fcfs, cluster:ADAPTERS, abort:SECONDS, vtc or vtc:adapter.",
+        callback=_policy,
+        help="Who goes next. fcfs: first come, first served. cluster[:ADAPTERS]: adapters that already run "
+        "first, once there are that many (8). abort[:SECONDS]: refuse at once (503) what would not get its "
+        "first token in that time (6). vtc, vtc:adapter: fair shares for tenants (API keys), or adapters.",
     ),
     click.option(
         "--adapter-share",
@@ -262,6 +276,12 @@ def cli(debug: bool) -> None:
 )
 @click.option("--max-sequences", type=click.IntRange(min=1), default=256, help="Sequences that run at once.")
 @click.option("--max-step-tokens", type=click.IntRange(min=16), default=512, help="Token budget of one step.")
+@click.option(
+    "--max-waiting",
+    type=click.IntRange(min=1),
+    default=4096,
+    help="Requests that wait at most; the next ones get 429 with Retry-After.",
+)
 @_policy_options
 def serve(
     model: str,
@@ -274,6 +294,7 @@ def serve(
     drain_timeout: float,
     max_sequences: int,
     max_step_tokens: int,
+    max_waiting: int,
     policy: str,
     **options: Any,
 ) -> None:
@@ -294,7 +315,11 @@ def serve(
     with server.bind(config) as sock:  # before the model is loaded: a taken port should not cost a minute
         with _busy(f"loading {model}"):
             settings = _engine_config(
-                options, max_sequences=max_sequences, max_step_tokens=max_step_tokens, policy=policy
+                options,
+                max_sequences=max_sequences,
+                max_step_tokens=max_step_tokens,
+                max_waiting=max_waiting,
+                policy=policy,
             )
             engine = _async_engine(model, settings, place / "registry.sqlite", folders)
         _announce(engine, config, sock.getsockname()[1])
@@ -945,6 +970,89 @@ def bench_serve(
         _print_json(facts)
     else:
         click.echo(report.as_text(facts))
+
+
+@bench.command("calibrate")
+@_model
+@_engine_options
+@click.option("--seconds", type=click.FloatRange(min=1), default=60.0, help="How long to measure.")
+@click.option("--cost", type=click.Path(path_type=Path), help="Write the cost model here.")
+@_json
+def bench_calibrate(model: str, seconds: float, cost: Path | None, output: str, **options: Any) -> None:
+    """Measure what steps and loads take here, for `chiliad plan`."""
+    from chiliad.bench import calibrate
+    from chiliad.bench.cost import default_path
+
+    with _busy(f"measuring {model} for {seconds:g} s"):
+        measured = calibrate.calibrate(model, _engine_config(options), seconds)
+    path = cost or default_path(measured.model, measured.dtype)
+    measured.save(path)
+    if output == "json":
+        import msgspec
+
+        _print_json(msgspec.to_builtins(measured))
+    else:
+        click.echo(calibrate.as_text(measured))
+    _note(f"written to {path}")
+
+
+@cli.command("plan")
+@_model
+@_workload_options
+@_engine_options
+@_policy_options
+@click.option("--max-sequences", type=click.IntRange(min=1), default=256, help="Sequences that run at once.")
+@click.option("--max-step-tokens", type=click.IntRange(min=16), default=512, help="Token budget of one step.")
+@click.option("--rank", default="16", help="Ranks of the adapters; several, e.g. 8,16,64, take turns.")
+@click.option("--targets", default="q_proj,k_proj,v_proj,o_proj", help="Their projections, or all-linear.")
+@click.option(
+    "--cost",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Cost model (.json), perhaps of another machine; by default what `bench calibrate` measured here.",
+)
+@click.option("--cold", is_flag=True, help="Start with no adapter in memory, not as after a long run.")
+@_json
+def plan_(
+    model: str,
+    rank: str,
+    targets: str,
+    cost: Path | None,
+    cold: bool,
+    max_sequences: int,
+    max_step_tokens: int,
+    policy: str,
+    output: str,
+    **options: Any,
+) -> None:
+    """Will these adapters at this rate fit? Sizes, hit rate and latencies from a simulation.
+
+    MODEL may also be a config.json, or a folder that holds only that.
+    """
+    with _busy("reading the config"):
+        from chiliad.bench import plan
+        from chiliad.bench.cost import CostModel, default_path
+
+    try:
+        ranks = [int(part) for part in rank.split(",")]
+    except ValueError:
+        ranks = [0]
+    if min(ranks) < 1:
+        raise InvalidConfig("--rank: write ranks with commas between, e.g. 8,16,64")
+    settings = _engine_config(
+        options, max_sequences=max_sequences, max_step_tokens=max_step_tokens, policy=policy
+    )
+    base = plan.Base.read(model, settings.dtype)
+    path = cost or default_path(base.name, settings.dtype)
+    costs = CostModel.read(path) if path.exists() else plan.machine_guess(base, settings)
+    trace = _trace(options)
+    with _busy(f"simulating {len(trace)} requests"):
+        answer = plan.plan(
+            base, settings, trace, costs, ranks=ranks, targets=targets, slo=options["slo"], cold=cold
+        )
+    if output == "json":
+        _print_json(answer)
+    else:
+        click.echo(plan.as_text(answer))
 
 
 @bench.command("kernels", context_settings={"ignore_unknown_options": True, "help_option_names": []})

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from chiliad.config import home
 from chiliad.core import AdapterVersion, StepPlan
 from chiliad.errors import InvalidConfig
 
@@ -76,6 +77,11 @@ class CostModel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if cost.step.step <= 0:
             raise InvalidConfig(f"{path}: a step must take some time", param="cost")
         return cost
+
+
+def default_path(model: str, dtype: str) -> Path:
+    """Where `chiliad bench calibrate` leaves what it measured, and `chiliad plan` looks for it."""
+    return home().parent / "cost" / f"{model}-{dtype}.json"
 
 
 def contents(plan: StepPlan, nbytes: Callable[[AdapterVersion], int]) -> StepCost:

@@ -8,7 +8,7 @@ busy. Every decision is made by the code that serves. Torch-free.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence as Seq
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -97,19 +97,25 @@ class VirtualStore(Residents):
         self.poll()
         return self._pending[0][0] if self._pending else None
 
-    def fill(self, versions: Seq[AdapterVersion], rates: Seq[float]) -> None:
+    def fill(self, rates: np.ndarray, version: Callable[[int], AdapterVersion]) -> None:
         """Start as if the server had run for long: adapters in memory, the most wanted first.
 
-        rates: uses per second of each version. Fills the pool to nine tenths.
+        rates: uses per second by adapter. Fills the pool to nine tenths.
         """
         now = self._clock()
         room = self._pool.num_pages // 10
-        for version, rate in zip(versions, rates, strict=True):
-            if self._pool.free_pages - self.pages_needed(version) < room or rate <= 0:
+        for index in np.argsort(-rates, kind="stable").tolist():
+            rate, adapter = float(rates[index]), version(index)
+            pages = self.pages_needed(adapter)
+            if (
+                rate <= 0
+                or self._pool.available(Owner.ADAPTER) < pages
+                or self._pool.free_pages - pages < room
+            ):
                 return
-            entry = self._entries[version.digest] = Entry(version, state="resident")
-            entry.pages = self._pool.alloc(self.pages_needed(version), Owner.ADAPTER)
-            entry.load_seconds = self._cost.load(version.nbytes)
+            entry = self._entries[adapter.digest] = Entry(adapter, state="resident")
+            entry.pages = self._pool.alloc(pages, Owner.ADAPTER)
+            entry.load_seconds = self._cost.load(adapter.nbytes)
             entry.last_used, entry.popularity = now - min(1 / rate, 1000.0), 100.0 * rate
             self._set_idle(entry)
 
@@ -154,13 +160,13 @@ def simulate(
     *,
     adapter_share: float | None = None,
     prefix_cache: bool = True,
-    warm: Seq[float] = (),
+    warm: np.ndarray | None = None,
     max_seconds: float = 86_400.0,
 ) -> Simulated:
     """Serve a trace on virtual time.
 
-    warm: uses per second by adapter, most wanted first, of a server that has run for long
-    (`VirtualStore.fill`); empty: it starts cold. max_seconds: virtual; what is not answered by then has
+    warm: uses per second by adapter (float64 [adapters]) of a server that has run for long, see
+    `VirtualStore.fill`; None: it starts cold. max_seconds: virtual; what is not answered by then has
     failed.
     """
     return _Server(trace, geometry, cost, config or SchedulerConfig(), adapter_share, prefix_cache).run(
@@ -200,10 +206,10 @@ class _Server:
         self._open = 0
         self._busy = 0.0
 
-    def run(self, warm: Seq[float], max_seconds: float) -> Simulated:
+    def run(self, warm: np.ndarray | None, max_seconds: float) -> Simulated:
         clock, items = self.clock, self._trace.items
-        if len(warm):
-            self.store.fill([self._version(i) for i in range(len(warm))], warm)
+        if warm is not None:
+            self.store.fill(warm, self._version)
         loaded: float | None = None
         idle = 0
         while (len(self._outcomes) < len(items) or self._open) and clock.now < max_seconds:

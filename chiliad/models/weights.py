@@ -72,10 +72,15 @@ def load_decoder(
             param="max_model_len",
         )
     kind = _DECODERS.get(arch.family, Decoder)
-    parts, digest = build_parts(source, kind.blueprint(arch), kernels, dtype)
+    parts, digest = build_parts(source, blueprint(arch), kernels, dtype)
     decoder = kind(arch, kernels, parts, max_model_len or arch.max_positions)
     identity = fingerprint(arch, digest)
     return decoder, BaseInfo(source.name, identity, arch.family, decoder.sites, source.aliases)
+
+
+def blueprint(arch: Arch) -> Blueprint:
+    """Every part of a model of this architecture, and its adapter sites; nothing is read."""
+    return _DECODERS.get(arch.family, Decoder).blueprint(arch)
 
 
 def check_shapes(found: Shapes, plan: Blueprint) -> None:
