@@ -199,7 +199,7 @@ def build_adapters(
 _TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-3, "int8": 6e-3, "int4": 6e-3}
 
 
-def _norm_spec(kind: str | None, features: int, g: torch.Generator) -> NormSpec | None:
+def make_norm(kind: str | None, features: int, g: torch.Generator) -> NormSpec | None:
     if kind is None:
         return None
     weight = 1 + 0.1 * torch.randn(features, generator=g)
@@ -237,7 +237,7 @@ def project_case(
         x = torch.randn(rows, in_features, generator=g)
         weight = torch.randn(sum(sizes), in_features, generator=g) / in_features**0.5
         biases = torch.randn(sum(sizes), generator=g) if bias else None
-        norm_spec = _norm_spec(norm, in_features, g)
+        norm_spec = make_norm(norm, in_features, g)
         before = torch.randn(rows, out, generator=g)
         linear = kernels.pack_linear(weight, biases, spec)
         segments, arena, _ = adapters()
@@ -285,7 +285,7 @@ def norm_case(rows: int, features: int, kind: Literal["rms", "layer"], residual:
     def prepare(kernels: Kernels) -> Run:
         g = seed_of(name)
         x = 3 * torch.randn(rows, features, generator=g) + 0.5
-        spec = _norm_spec(kind, features, g)
+        spec = make_norm(kind, features, g)
         before = torch.randn(rows, features, generator=g)
         assert spec is not None
         if not residual:
@@ -343,13 +343,17 @@ def test_cases() -> list[Case]:
         for rows, features in ((1, 1), (2, 7), (3, 64), (40, 577))
         for residual in (False, True)
     ]
-    return [*_project_tests(), *norms]
+    from chiliad.kernels.cases_attention import attention_test_cases  # it imports this module
+
+    return [*_project_tests(), *norms, *attention_test_cases()]
 
 
 def bench_cases() -> list[Case]:
     """SmolLM2-135M's shapes, decode and prefill, with and without adapters."""
+    from chiliad.kernels.cases_attention import attention_bench_cases
+
     h, ff, vocab = 576, 1536, 49152
-    cases = []
+    cases = attention_bench_cases()
     for dtype in ("float32", "bfloat16", "int8", "int4"):
         for rows in (1, 8, 32, 512):
             traffics: tuple[Traffic, ...] = ("none", "identical", "distinct")

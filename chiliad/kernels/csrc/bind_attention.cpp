@@ -81,6 +81,16 @@ void bind_attention(Kernels& kernels, const Step& step, int layer, std::uintptr_
   attention(kernels, step, layer, pointer<const float>(qkv), num_heads, scale, window, pointer<float>(out));
 }
 
+// No conversion: floats among ids would be cut to integers.
+template <class Array>
+Array array_of(nb::handle value, const char* what) {
+  Array array;
+  if (!nb::try_cast(value, array, false)) throw KernelError(std::string("a sample batch has ") + what);
+  return array;
+}
+
+constexpr const char* kIds = "ids in contiguous int32 arrays";
+
 // Ragged inputs: a list with an int32 array, or None, per row.
 std::vector<Ids> ragged(nb::sequence rows, std::size_t count, std::vector<Int32s>& kept) {
   std::vector<Ids> ids;
@@ -89,7 +99,7 @@ std::vector<Ids> ragged(nb::sequence rows, std::size_t count, std::vector<Int32s
       ids.emplace_back();
       continue;
     }
-    kept.push_back(nb::cast<Int32s>(row));
+    kept.push_back(array_of<Int32s>(row, kIds));
     ids.push_back({kept.back().data(), static_cast<std::int64_t>(kept.back().shape(0))});
   }
   if (ids.size() != count) throw KernelError("a sample batch needs one entry per row in every field");
@@ -116,8 +126,8 @@ void bind_sample(Kernels& kernels, std::uintptr_t logits, int count, int vocab, 
     SampleRow& row = rows[i++];
     if (item.is_none()) continue;
     const nb::tuple pair = nb::cast<nb::tuple>(item);
-    kept.push_back(nb::cast<Int32s>(pair[0]));
-    kept_bias.push_back(nb::cast<Floats>(pair[1]));
+    kept.push_back(array_of<Int32s>(pair[0], kIds));
+    kept_bias.push_back(array_of<Floats>(pair[1], "a bias in contiguous float32 arrays"));
     if (kept.back().shape(0) != kept_bias.back().shape(0)) throw KernelError("a bias needs as many values as ids");
     row.bias_ids = {kept.back().data(), static_cast<std::int64_t>(kept.back().shape(0))};
     row.bias = kept_bias.back().data();
