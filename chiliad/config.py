@@ -70,8 +70,8 @@ class SchedulerConfig:
 
     max_step_tokens: int = 512  # token budget of one step: decode rows plus prefill chunks
     max_sequences: int = 256  # sequences that run at once
-    max_waiting: int = 4096  # requests in the queue before 429
-    policy: str = "fcfs"
+    max_waiting: int = 4096  # sequences in the queue before 429
+    policy: str = "fcfs"  # or cluster[:ADAPTERS], abort[:SECONDS], vtc, vtc:adapter: see engine/policy.py
 
 
 @dataclass(frozen=True, slots=True)

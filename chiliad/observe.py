@@ -101,11 +101,15 @@ class EngineStats:
     running: int  # sequences in the batch
     waiting: int  # sequences in the queue
     pages_total: int
-    pages: dict[str, int]  # pages in use by owner: "kv", "adapter", "prefix", ...
+    pages: dict[str, int]  # pages by use: "free", "kv", "prefix" (idle), "adapter", "pinned"
     page_bytes: int
     adapters_registered: int
     adapters_resident: int
     adapters_loading: int
+    adapters_pinned: int
+    adapter_pages_idle: int  # of pages["adapter"]: room for whoever needs it
+    distinct_adapters: int  # in the batch now
+    oldest_wait: float  # seconds that the first of the queue has waited; 0 if nobody does
     running_adapters: tuple[str, ...]  # names, busiest first; may be cut short
     waiting_adapters: tuple[str, ...]
     metrics: EngineMetrics

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from chiliad.core import AdapterVersion
-from chiliad.errors import AdapterError, AdapterTooLarge, ChiliadError
+from chiliad.errors import AdapterError, AdapterTooLarge, ChiliadError, OutOfMemory
 from chiliad.memory.pool import Owner, PagePool
 from chiliad.observe import EngineMetrics
 
@@ -54,6 +54,7 @@ class Entry:
     loads: int = 0
     began: float = 0.0  # when the last load was asked for
     load_seconds: float = 0.0  # that its loader was busy
+    content: str = ""  # hash of the tensor bytes, as of the first load
     failures: int = 0  # in a row
     retry_at: float = 0.0
     error: Exception | None = None
@@ -100,9 +101,10 @@ class Residents(ABC):
         self._pages_needed: dict[str, int] = {}  # by digest
         self._idle: dict[Entry, None] = {}
         self._idle_pages = 0
-        # idle adapters by falling worth as of `_ranked_at`, with last_used then: see `coldest`
+        self.pinned_pages = 0
+        # idle adapters by falling worth, with last_used when they were ranked: see `coldest`
         self._ranked: list[tuple[float, float, Entry]] = []
-        self._ranked_at = -math.inf
+        self._ranked_until = -math.inf
         self._done: collections.deque[Done] = collections.deque()
         pool.register(self, Owner.ADAPTER)
 
@@ -228,7 +230,9 @@ class Residents(ABC):
             if entry is None:
                 continue
             freed += entry.num_pages * self._page_bytes
-            entry.pinned = False
+            if entry.pinned:
+                entry.pinned = False
+                self.pinned_pages -= entry.num_pages
             if entry.state == "resident" and not entry.users:
                 self._drop(entry, "removed")
             elif entry.pages is not None:
@@ -238,10 +242,26 @@ class Residents(ABC):
         return freed
 
     def pin(self, version: AdapterVersion, pinned: bool = True) -> None:
-        """Keep a resident adapter whatever happens, or stop to."""
+        """Keep a resident adapter until it is removed or unpinned.
+
+        Raises AdapterError when it is not resident, OutOfMemory when pinned adapters would take
+        more than half of what adapters may have: requests need the rest.
+        """
         entry = self._entries.get(version.digest)
-        if entry is None or entry.state != "resident":
+        if entry is None or entry.state != "resident" or entry.doomed:
+            if not pinned:
+                return
             raise AdapterError(f"adapter {version} is not resident: load it first")
+        if pinned and not entry.pinned:
+            limit = self._pool.limit(Owner.ADAPTER) // 2
+            if self.pinned_pages + entry.num_pages > limit:
+                raise OutOfMemory(
+                    f"adapter {version} takes {entry.num_pages} pages, {self.pinned_pages} are pinned and "
+                    f"{limit} may be: unpin others, or start with more --memory"
+                )
+            self.pinned_pages += entry.num_pages
+        elif entry.pinned and not pinned:
+            self.pinned_pages -= entry.num_pages
         entry.pinned = pinned
         self._set_idle(entry)
 
@@ -255,14 +275,15 @@ class Residents(ABC):
 
         The wait for a new load, per page and per second until the next use, which is guessed
         from the time since the last one and from how popular the adapter has been. Thousands
-        are not ranked anew for every page: what became idle since is warmer anyway.
+        are not ranked anew for every page: a ranking is used until it is a tenth of a second
+        old (longer, if making it took more than 2 % of that). What became idle since is warmer.
         """
         now = self._clock()
-        for fresh in (now - self._ranked_at < _RANKED_SECONDS, False):
+        for fresh in (now < self._ranked_until, False):
             if not fresh:
                 ranked = [(self._worth(entry, now), entry.last_used, entry) for entry in self._idle]
                 self._ranked = sorted(ranked, key=lambda item: item[0], reverse=True)
-                self._ranked_at = now
+                self._ranked_until = now + max(_RANKED_SECONDS, 50 * (self._clock() - now))
             while self._ranked:
                 worth, last_used, entry = self._ranked[-1]
                 if entry.idle and entry.last_used == last_used:
@@ -287,6 +308,10 @@ class Residents(ABC):
         """How many adapters are resident, and how many loading."""
         states = [entry.state for entry in self._entries.values() if entry.pages is not None]
         return states.count("resident"), states.count("loading")
+
+    def count_pinned(self) -> int:
+        """How many adapters are pinned; they hold `pinned_pages`."""
+        return sum(entry.pinned for entry in self._entries.values())
 
     def status(self, version: AdapterVersion) -> dict[str, object]:
         """Everything there is to say about one adapter's residency; times in seconds."""
@@ -370,4 +395,4 @@ class Residents(ABC):
         self._entries.clear()
         self._idle.clear()
         self._ranked.clear()
-        self._idle_pages = 0
+        self._idle_pages = self.pinned_pages = 0

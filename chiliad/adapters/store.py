@@ -63,7 +63,6 @@ class AdapterStore(Residents):
         self._limits = limits or peft.Limits()
         self._on_ready = on_ready
         self._bytes = arena.buffer.numpy()  # a view: what loaders write through
-        self._contents: dict[str, str] = {}  # by digest: hash of the tensor bytes at the first load
         self._composed: collections.OrderedDict[tuple[tuple[str, float], ...], AdapterRows] = (
             collections.OrderedDict()
         )
@@ -136,9 +135,10 @@ class AdapterStore(Residents):
         self._loaders.submit(self._fetch, entry, version, pages)
 
     def _accept(self, done: Done) -> AdapterRows:
-        first = self._contents.setdefault(done.entry.version.digest, done.content)
-        if first != done.content:  # in spite of equal size and time
-            raise peft.changed(done.entry.version.path)
+        entry = done.entry
+        entry.content = entry.content or done.content
+        if entry.content != done.content:  # in spite of equal size and time
+            raise peft.changed(entry.version.path)
         assert done.rows is not None
         return self._kernels.prepare_adapter(done.rows)
 

@@ -36,6 +36,7 @@ from chiliad.engine.runner import Runner
 from chiliad.engine.sampling import SequenceSampler
 from chiliad.engine.scheduler import Scheduler, Sequence
 from chiliad.errors import (
+    AdapterError,
     ChiliadError,
     ContextLengthExceeded,
     InvalidConfig,
@@ -67,7 +68,7 @@ class _Live:
     sequences: list[Sequence] = field(default_factory=list)
     open: int = 0
     completion_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: list[int] = field(default_factory=list)  # of each choice that ran
     scheduled: float | None = None  # first time one of its sequences ran
 
 
@@ -182,6 +183,21 @@ class Engine:
         self.store.check(folder)
         return self.registry.add(folder, name, replace=replace)
 
+    def pin_adapter(self, version: AdapterVersion) -> bool:
+        """Keep an adapter in memory from now on (engine thread). False while it still loads.
+
+        Raises OutOfMemory when there is no room to load or to pin it, AdapterError when its
+        files are bad.
+        """
+        state = self.store.state(version)
+        if state == "failed":
+            raise self.store.error(version) or AdapterError(f"adapter {version} did not load")
+        if state == "resident":
+            self.store.pin(version)
+        elif state == "absent":
+            self.store.load(version)
+        return state == "resident"
+
     def remove_adapter(self, name: str) -> Future[int]:
         """Forget a name. Running requests finish; the result is the bytes freed now or by then."""
         versions = self.registry.remove(name)
@@ -262,12 +278,14 @@ class Engine:
         del self._samplers[id(sequence)]
         live.open -= 1
         live.completion_tokens += choice.num_tokens
-        live.cached_tokens = max(live.cached_tokens, sequence.num_cached)
+        if sequence.first_scheduled is not None:
+            # what later choices find is the work of the first
+            live.cached_tokens.append(sequence.num_cached)
         if live.open == 0:
             request = live.request
             first = min((s.first_scheduled for s in live.sequences if s.first_scheduled), default=None)
             queued = 0.0 if first is None else max(0.0, first - request.arrival)
-            usage = Usage(len(request.prompt), live.completion_tokens, live.cached_tokens)
+            usage = Usage(len(request.prompt), live.completion_tokens, min(live.cached_tokens, default=0))
             self._events.append(Finished(request.id, usage, queued))
             del self._live[request.id]
 
@@ -344,6 +362,10 @@ class Engine:
         if self.scheduler.prefix is not None:
             pages["prefix"] = self.scheduler.prefix.evictable_pages()  # nobody's: room for the next one
             pages["kv"] -= pages["prefix"]
+        pages["pinned"] += self.store.pinned_pages
+        pages["adapter"] -= self.store.pinned_pages
+        queued = [s.queued for s in self.scheduler.waiting]
+        keys = {s.adapter_key for s in self.scheduler.running} - {()}
         return EngineStats(
             running=len(self.scheduler.running),
             waiting=len(self.scheduler.waiting),
@@ -353,6 +375,10 @@ class Engine:
             adapters_registered=self.registry.count() if registered is None else registered,
             adapters_resident=resident,
             adapters_loading=loading,
+            adapters_pinned=self.store.count_pinned(),
+            adapter_pages_idle=self.store.evictable_pages(),
+            distinct_adapters=len(keys),
+            oldest_wait=time.monotonic() - min(queued) if queued else 0.0,
             running_adapters=tuple(name for name, _ in running.most_common(64)),
             waiting_adapters=tuple(name for name, _ in waiting.most_common(64)),
             metrics=self.metrics,

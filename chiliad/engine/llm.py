@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,7 +85,8 @@ class LLM:
             dtype=dtype,
             max_model_len=max_model_len,
             kernel=kernel or KernelConfig(),
-            scheduler=scheduler or SchedulerConfig(),
+            # the caller waits for all it gave us: a long list is not an overload
+            scheduler=replace(scheduler or SchedulerConfig(), max_waiting=sys.maxsize),
         )
         self.kernels = kernel_room.load(config.kernel.kernels, config.kernel.isa, config.kernel.threads)
         self.model = load_model(model, self.kernels, dtype, max_model_len)

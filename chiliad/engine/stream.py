@@ -22,6 +22,8 @@ from chiliad.observe import EngineStats
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+_LOAD_SECONDS = 60.0  # that pinning waits for an adapter to load
+
 
 class AsyncEngine:
     """Runs an Engine on a thread of its own, for use from one event loop."""
@@ -31,6 +33,7 @@ class AsyncEngine:
         self.engine = make(self._deliver)
         self.base, self.tokenizer = self.engine.base, self.engine.tokenizer
         self.registry, self.max_model_len = self.engine.registry, self.engine.max_model_len
+        self.settings = self.engine.config.scheduler
         self._queues: dict[str, asyncio.Queue[Event]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -123,6 +126,21 @@ class AsyncEngine:
         """Forget an adapter; returns the bytes freed (at the last running request's end, if any)."""
         future = await asyncio.to_thread(self.engine.remove_adapter, name)
         return await asyncio.wrap_future(future)
+
+    async def pin_adapter(self, name: str, pinned: bool = True) -> None:
+        """Load an adapter if need be and keep it in memory, or stop to keep it.
+
+        Raises OutOfMemory when there is no room, AdapterError when its files are bad.
+        """
+        version = self.registry.resolve(name)
+        if not pinned:
+            await self.call(lambda: self.engine.store.pin(version, False))
+            return
+        deadline = time.monotonic() + _LOAD_SECONDS
+        while not await self.call(lambda: self.engine.pin_adapter(version)):
+            if time.monotonic() > deadline:
+                raise Unavailable(f"adapter {version} is still loading: try again later", retry_after=5.0)
+            await asyncio.sleep(0.005)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run a function on the engine thread between two steps."""

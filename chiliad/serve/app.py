@@ -20,6 +20,7 @@ from chiliad.serve.http import Edge, json_response, on_error, on_http_error
 from chiliad.serve.metrics import CONTENT_TYPE, Exporter
 from chiliad.serve.models import Models
 from chiliad.serve.openapi import openapi
+from chiliad.serve.pool import pool_map
 from chiliad.serve.service import Service
 from chiliad.serve.uploads import sweep
 
@@ -40,6 +41,9 @@ def create_app(service: Service) -> ASGIApp:
     async def metrics(request: Request) -> Response:
         stats = await service.engine.stats()
         return Response(exporter.render(stats, service.metrics), headers={"content-type": CONTENT_TYPE})
+
+    async def pool(request: Request) -> Response:
+        return json_response(pool_map(await service.engine.stats(), service.engine.settings))
 
     async def describe(request: Request) -> Response:
         return json_response(openapi())
@@ -70,11 +74,13 @@ def create_app(service: Service) -> ASGIApp:
         Route("/v1/adapters", models.list_adapters, methods=["GET"]),
         Route("/v1/adapters", models.add_adapter, methods=["POST"]),
         Route("/v1/adapters/{name:path}/stats", models.adapter_stats, methods=["GET"]),
+        Route("/v1/adapters/{name:path}/pin", models.pin_adapter, methods=["PUT", "DELETE"]),
         Route("/v1/adapters/{name:path}", models.show_adapter, methods=["GET"]),
         Route("/v1/adapters/{name:path}", models.delete_adapter, methods=["DELETE"]),
         Route("/health", health, methods=["GET"]),
         Route("/ping", health, methods=["GET", "POST"]),
         Route("/version", version, methods=["GET"]),
+        Route("/v1/pool", pool, methods=["GET"]),
         Route("/metrics", metrics, methods=["GET"]),
         Route("/openapi.json", describe, methods=["GET"]),
     ]

@@ -119,6 +119,12 @@ class Models:
         version = self._adapter(request.path_params["name"])
         return json_response(await self._service.engine.adapter_status(str(version)))
 
+    async def pin_adapter(self, request: Request) -> Response:
+        """PUT keeps an adapter in memory, DELETE lets it be evicted again. Says what is now."""
+        name = str(self._adapter(request.path_params["name"]))
+        await self._service.engine.pin_adapter(name, request.method == "PUT")
+        return json_response(await self._service.engine.adapter_status(name))
+
     async def delete_adapter(self, request: Request) -> Response:
         name = self._exact(request.path_params["name"])
         freed = await self._service.remove_adapter(name)

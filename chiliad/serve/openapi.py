@@ -136,6 +136,11 @@ def openapi() -> dict[str, Any]:
             "delete": _operation("Remove an adapter", parameters=[adapter]),
         },
         "/v1/adapters/{name}/stats": {"get": _operation("What one adapter does", parameters=[adapter])},
+        "/v1/adapters/{name}/pin": {
+            "put": _operation("Keep an adapter in memory", parameters=[adapter]),
+            "delete": _operation("Let it be evicted again", parameters=[adapter]),
+        },
+        "/v1/pool": {"get": _operation("Who has the memory and who waits for it")},
         "/health": {"get": _operation("Ready to answer", open_=True)},
         "/ping": {
             "get": _operation("Ready to answer", open_=True),

@@ -89,6 +89,7 @@ class GenerationBody(msgspec.Struct, kw_only=True):
     return_token_ids: bool = False
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
     cache_salt: Annotated[str, Meta(max_length=256)] = ""
+    prefix_cache: bool = True  # ours: false neither reads nor fills the prefix cache
 
 
 class Part(msgspec.Struct):
@@ -520,7 +521,8 @@ def _job(
             priority=body.priority,
             tenant=envelope.tenant,
             cache_salt=salt,
-            prefix_cache=params.prompt_logprobs is None,  # cached tokens would have no logprobs
+            # cached tokens would have no logprobs
+            prefix_cache=body.prefix_cache and params.prompt_logprobs is None,
         )
         for i, prompt in enumerate(prompts)
     ]

@@ -235,8 +235,37 @@ def test_pins(house: House) -> None:
     house.load(version)
     house.store.pin(version)
     assert (house.store.evictable_pages(), house.store.coldest(), house.store.evict()) == (0, None, 0)
+    assert (house.store.pinned_pages, house.store.count_pinned()) == (house.store.pages_needed(version), 1)
     house.store.pin(version, False)
+    house.store.pin(version, False)
+    assert house.store.pinned_pages == 0
     assert house.store.evict() > 0
+    house.store.pin(version, False)  # it is gone, so it is not pinned
+    house.load(version)
+    house.store.pin(version)
+    house.store.remove([version])
+    assert (house.store.pinned_pages, house.store.count_pinned()) == (0, 0)
+
+
+def test_pins_leave_half_of_the_pool(house: House) -> None:
+    big, small = house.adapter("big", 60, targets="all-linear"), house.adapter("small")
+    assert house.pool.num_pages // 2 < house.store.pages_needed(big)
+    house.load(big, small)
+    with pytest.raises(OutOfMemory, match="unpin"):
+        house.store.pin(big)
+    house.store.pin(small)
+    assert house.store.evictable_pages() == house.store.pages_needed(big)
+
+
+def test_a_removed_adapter_in_use_cannot_be_pinned(house: House) -> None:
+    version = house.adapter("one")
+    house.load(version)
+    house.store.retain(version)
+    house.store.remove([version])
+    with pytest.raises(AdapterError):
+        house.store.pin(version)
+    house.store.release(version)
+    assert house.store.pinned_pages == 0
 
 
 def test_eviction_prefers_cold_large_unpopular_and_cheap(house: House) -> None:
@@ -457,6 +486,23 @@ def test_registered_without_a_base(house: House) -> None:
     dora = write_random_adapter(house.root / "y", BASE, 3, config_overrides={"use_dora": True})
     with pytest.raises(InvalidAdapter, match="use_dora"):
         house.store.pages_needed(Registry().add(dora, "y"))
+
+
+def test_registered_adapters_are_sized_without_their_files(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine thread reads no file: the registry has kept the ranks."""
+    added = house.adapter("one", 7, targets="all-linear")
+    resolved = house.registry.resolve("one")
+    house.registry.scan(house.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(peft, "read_header", None)
+        pages = {house.store.pages_needed(v) for v in (added, resolved, house.registry.versions("one")[0])}
+        fresh = AdapterStore(PagePool(9), house.arena, house.kernels, BASE, torch.float32)
+        pages |= {fresh.pages_needed(resolved), fresh.pages_needed(house.registry.page()[0].adapter)}
+        fresh.close()
+    house.load(added)
+    assert pages == {len(house.store.held()[0])}
 
 
 def test_check_reports_the_plan(house: House) -> None:

@@ -267,3 +267,9 @@ def test_a_failing_step_spares_later_ones(make_llm: MakeLLM, monkeypatch: pytest
     with pytest.raises(Exception, match="boom"):
         llm.generate([5, 6], GREEDY)
     assert solo(llm, [5, 6], None)
+
+
+def test_a_long_list_of_prompts_is_no_overload(make_llm: MakeLLM) -> None:
+    llm = make_llm(scheduler=SchedulerConfig(max_waiting=2, max_sequences=2))
+    params = SamplingParams(max_tokens=1, n=2)
+    assert len(llm.generate(prompts(9), params)) == 9

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chiliad.adapters.registry import Registry
+from chiliad.config import SchedulerConfig
 from chiliad.core import (
     AdapterVersion,
     BaseInfo,
@@ -48,6 +49,8 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.live: set[str] = set()
         self.cancelled: list[str] = []
+        self.pinned: set[str] = set()
+        self.settings = SchedulerConfig()
         self._stopping = asyncio.Event()
 
     async def start(self) -> None: ...
@@ -122,7 +125,10 @@ class FakeEngine:
         return sum(version.nbytes for version in self.registry.remove(name))
 
     async def adapter_status(self, name: str) -> dict[str, object]:
-        return {"state": "resident", "tier": "ram", "bytes": self.registry.resolve(name).nbytes, "hits": 1}
+        return {"state": "resident", "tier": "pool", "bytes": self.registry.resolve(name).nbytes, "hits": 1}
+
+    async def pin_adapter(self, name: str, pinned: bool = True) -> None:
+        (self.pinned.add if pinned else self.pinned.discard)(str(self.registry.resolve(name)))
 
     async def stats(self) -> EngineStats:
         return EngineStats(
@@ -134,6 +140,10 @@ class FakeEngine:
             adapters_registered=self.registry.count(),
             adapters_resident=1,
             adapters_loading=0,
+            adapters_pinned=len(self.pinned),
+            adapter_pages_idle=4,
+            distinct_adapters=2,
+            oldest_wait=0.0,
             running_adapters=("a", "b"),
             waiting_adapters=(),
             metrics=EngineMetrics(steps=3, generation_tokens=7),

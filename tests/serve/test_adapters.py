@@ -103,6 +103,12 @@ async def test_list_show_stats_delete(connect: Connect, engine: FakeEngine, adap
         assert shown["root"] == str(adapters / "red")
         assert shown["status"]["state"] == "resident"
         assert (await client.get("/v1/adapters/red/stats")).json() == shown["status"]
+        pinned = await client.put("/v1/adapters/red/pin")
+        assert (pinned.status_code, pinned.json()["state"], engine.pinned) == (200, "resident", {"red@1"})
+        assert (await client.get("/v1/pool")).json()["adapters"]["pinned"] == 1
+        await client.delete("/v1/adapters/red/pin")
+        assert not engine.pinned
+        error(await client.put("/v1/adapters/tiny/pin"), 404)
         assert "red@1" in error(await client.delete("/v1/adapters/red@1"), 400)["message"]
         gone = (await client.delete("/v1/adapters/red")).json()
         assert (gone["deleted"], gone["freed_bytes"]) == (True, shown["bytes"])

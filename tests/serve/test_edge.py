@@ -20,6 +20,7 @@ PROTECTED = [
     ("POST", "/v1/load_lora_adapter"), ("POST", "/v1/unload_lora_adapter"),
     ("GET", "/v1/adapters"), ("POST", "/v1/adapters"), ("GET", "/v1/adapters/x"), ("POST", "/detokenize"),
     ("DELETE", "/v1/adapters/x"),
+    ("PUT", "/v1/adapters/x/pin"), ("DELETE", "/v1/adapters/x/pin"), ("GET", "/v1/pool"),
     ("GET", "/v1/adapters/x/stats"), ("GET", "/metrics"), ("GET", "/openapi.json"),
     ("GET", "/nothing"), ("GET", "/health/"), ("GET", "//health"),
 ]  # fmt: skip
