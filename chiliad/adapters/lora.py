@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from chiliad.adapters.base import AdapterPlan, Lowered, LowRank, TensorHeader
-from chiliad.adapters.patterns import fullmatches, listed, suffix_matches
+from chiliad.adapters.patterns import first_matches, fullmatches, listed
 from chiliad.core import BaseInfo
 from chiliad.errors import AdapterMismatch, InvalidAdapter
 
@@ -174,11 +174,7 @@ class _Config:
 
     def patterned(self, pattern: Mapping[str, float], names: tuple[str, ...]) -> dict[str, float]:
         """Per module the value of the first key that matches it, as PEFT's dictionary order has it."""
-        values: dict[str, float] = {}
-        for key, value in pattern.items():
-            for name in suffix_matches(key, names):
-                values.setdefault(name, value)
-        return values
+        return {name: pattern[key] for name, key in first_matches(tuple(pattern), names).items()}
 
     def _in_layers(self, name: str) -> bool:
         if not self.layers:

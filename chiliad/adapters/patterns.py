@@ -4,13 +4,13 @@
 expressions written by strangers, and a backtracking matcher takes exponential time on the wrong
 one. Python's own parser reads the pattern here (so the language is exactly Python's), but a set
 of positions, kept as the bits of an integer, walks it: no backtracking, and a budget of steps
-bounds even the worst pattern. Look-behind, back-references and flags are refused.
+bounds even the worst config. Look-behind, back-references and flags are refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,8 +19,9 @@ from chiliad.errors import InvalidAdapter
 _parser: Any = re._parser  # type: ignore[attr-defined]  # Python's own, so that no syntax differs
 
 _MAX_LENGTH = 4096  # characters; generated patterns that list every layer stay below
-_MAX_STEPS = 300_000  # per pattern, over all names: well under a second
-_PLAIN = re.compile(r"[\w.]+")
+_MAX_KEYS = 4096  # of rank_pattern or alpha_pattern: more than models have modules
+_MAX_STEPS = 400_000  # for all patterns of one field, over all names: about a second
+_PLAIN = re.compile(r"\^?(?:[\w.]|\\\.)+\$?")  # one linear scan per name is safe
 
 _CATEGORIES: dict[str, Callable[[str], bool]] = {
     "CATEGORY_DIGIT": str.isdecimal,
@@ -39,14 +40,27 @@ def fullmatches(pattern: str, names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name for name in names if walk.ends(name) >> len(name) & 1)
 
 
-@lru_cache(maxsize=4096)
-def suffix_matches(key: str, names: tuple[str, ...]) -> frozenset[str]:
-    """The names for which PEFT's `re.match(rf"(.*\\.)?({key})$", name)` holds. Raises InvalidAdapter."""
-    if _PLAIN.fullmatch(key):  # nearly always a module name: one linear scan per name is safe
-        plain = re.compile(rf"(.*\.)?({key})$")
-        return frozenset(name for name in names if plain.match(name))
-    walk = _Walk(rf"(.*\.)?({key})$")
-    return frozenset(name for name in names if walk.ends(name))
+@lru_cache(maxsize=256)
+def first_matches(keys: tuple[str, ...], names: tuple[str, ...]) -> Mapping[str, str]:
+    """By name the first key for which PEFT's `re.match(rf"(.*\\.)?({key})$", name)` holds.
+
+    Raises InvalidAdapter.
+    """
+    if len(keys) > _MAX_KEYS:
+        raise InvalidAdapter(f"a map of module patterns has {len(keys)} keys; {_MAX_KEYS} is the limit")
+    found: dict[str, str] = {}
+    steps = 0
+    for key in keys:
+        pattern = rf"(.*\.)?({key})$"
+        if _PLAIN.fullmatch(key):  # nearly always a module name
+            matches = [name for name in names if re.match(pattern, name)]
+        else:
+            walk = _Walk(pattern, steps)
+            matches = [name for name in names if walk.ends(name)]
+            steps = walk.steps
+        for name in matches:
+            found.setdefault(name, key)
+    return found
 
 
 def listed(entries: Sequence[str], names: Sequence[str]) -> set[str]:
@@ -56,10 +70,13 @@ def listed(entries: Sequence[str], names: Sequence[str]) -> set[str]:
 
 
 class _Walk:
-    """A parsed pattern that maps sets of positions to sets of positions."""
+    """A parsed pattern that maps sets of positions to sets of positions.
 
-    def __init__(self, pattern: str) -> None:
-        self.pattern = pattern
+    steps: how much of the budget other patterns have used.
+    """
+
+    def __init__(self, pattern: str, steps: int = 0) -> None:
+        self.pattern, self.steps = pattern, steps
         if len(pattern) > _MAX_LENGTH:
             raise InvalidAdapter(
                 f"a module pattern has {len(pattern)} characters; {_MAX_LENGTH} is the limit"
@@ -71,7 +88,6 @@ class _Walk:
         if self.tree.state.flags != int(re.UNICODE):
             raise self._refuse("uses flags; write it without (?...) flags")
         self._check(self.tree)
-        self.steps = 0
 
     def ends(self, text: str) -> int:
         """Bit i is set when a match may run from 0 to position i."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chiliad.adapters.patterns import fullmatches, suffix_matches
+from chiliad.adapters.patterns import first_matches, fullmatches
 from chiliad.errors import InvalidAdapter
 from chiliad.testing import SMOLLM2, base_info
 
@@ -35,7 +35,8 @@ patterns = st.recursive(
 def test_agrees_with_re(pattern: str, texts: list[str]) -> None:
     names = tuple(texts)
     assert fullmatches(pattern, names) == {n for n in names if re.fullmatch(pattern, n)}
-    assert suffix_matches(pattern, names) == {n for n in names if re.match(rf"(.*\.)?({pattern})$", n)}
+    ends = {n for n in names if re.match(rf"(.*\.)?({pattern})$", n)}
+    assert first_matches((pattern,), names) == dict.fromkeys(ends, pattern)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,26 @@ def test_patterns_as_people_write_them(pattern: str) -> None:
 )
 def test_catastrophic_patterns_are_cheap(pattern: str) -> None:
     assert fullmatches(pattern, NAMES) == frozenset()
+
+
+@given(st.lists(patterns, max_size=3, unique=True), st.lists(st.text("ab1.-", min_size=1, max_size=7)))
+@settings(max_examples=200, deadline=None)
+def test_the_first_key_counts(keys: list[str], names: list[str]) -> None:
+    expected: dict[str, str] = {}
+    for key in keys:
+        for name in names:
+            if re.match(rf"(.*\.)?({key})$", name):
+                expected.setdefault(name, key)
+    assert first_matches(tuple(keys), tuple(names)) == expected
+
+
+def test_many_patterns_share_one_budget() -> None:
+    with pytest.raises(InvalidAdapter, match="takes too long"):
+        first_matches(tuple(f"(((.*)*)*)*x{i}" for i in range(4000)), NAMES)
+    with pytest.raises(InvalidAdapter, match="4096"):
+        first_matches(tuple(f"k{i}" for i in range(100_000)), NAMES)
+    each = tuple(name.replace(".", r"\.") for name in NAMES)  # as converters write them
+    assert first_matches(each, NAMES) == dict(zip(NAMES, each, strict=True))
 
 
 @pytest.mark.parametrize(

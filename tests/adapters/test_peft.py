@@ -185,6 +185,15 @@ def test_damaged_files_never_surprise(data: st.DataObject, tmp_path_factory: pyt
         peft.read(folder, BASE)
 
 
+def test_a_repeated_key_among_very_many_is_found_at_once(tmp_path: Path) -> None:
+    """Linear in the header: a search per key would take an hour."""
+    write_random_adapter(tmp_path, BASE, 1)
+    header = ("{" + "".join(f'"a{i}":0,' for i in range(300_000)) + '"z":0,"z":0}').encode()
+    (tmp_path / peft.TENSOR_FILE).write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(InvalidAdapter, match="'z' twice"):
+        peft.read_header(tmp_path)
+
+
 def test_json_values_of_any_kind(tmp_path: Path) -> None:
     """Every field with every kind of value: an answer, never a crash."""
     write_random_adapter(tmp_path, BASE, 2)
