@@ -86,7 +86,7 @@ def calibrate(
         weights_bytes=base.nbytes,
         model=base.name,
         dtype=config.dtype,
-        machine=f"{platform.node()} {kernels.name}: {kernels.reason}",
+        machine=f"{platform.machine()}, {kernels.name}: {kernels.reason}",
         records=len(engine.records),
         error={key: round(value, 4) for key, value in error.items()},
     )
