@@ -143,6 +143,7 @@ class Registry:
         self._limits = limits or peft.Limits()
         self._lock = threading.RLock()
         self._plans: dict[str, AdapterPlan] = {}  # by recipe: a scan meets few, thousands of times
+        self._counted: tuple[tuple[int, int], int] = ((-1, -1), 0)  # state of the database, count
         try:
             if path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -320,15 +321,20 @@ class Registry:
         return [_entry(row) for row in rows]
 
     def count(self) -> int:
-        """Adapters that `page` would list."""
+        """Adapters that `page` would list. Counted anew only after a change: it takes a look at all."""
         with self._lock:
-            if self.base is None:
-                return int(self._db.execute("SELECT count(*) FROM adapter").fetchone()[0])
-            sql = (
-                "SELECT count(*) FROM adapter a JOIN version v ON v.name = a.name AND v.version = a.version "
-                "WHERE v.base IN (?, '')"
-            )
-            return int(self._db.execute(sql, (self.base.fingerprint,)).fetchone()[0])
+            # the first number moves with changes by other connections, the second with ours
+            state = (self._db.execute("PRAGMA data_version").fetchone()[0], self._db.total_changes)
+            if state != self._counted[0]:
+                sql, values = "SELECT count(*) FROM adapter", []
+                if self.base is not None:
+                    sql += (
+                        " a JOIN version v ON v.name = a.name AND v.version = a.version "
+                        "WHERE v.base IN (?, '')"
+                    )
+                    values.append(self.base.fingerprint)
+                self._counted = (state, int(self._db.execute(sql, values).fetchone()[0]))
+            return self._counted[1]
 
     def versions(self, name: str) -> list[AdapterVersion]:
         """Every version of a name, oldest first. Raises ModelNotFound."""

@@ -226,6 +226,7 @@ class Residents(ABC):
         """Give up the pages of adapters; returns the bytes this frees, now or at the last release."""
         freed = 0
         for version in versions:
+            self._pages_needed.pop(version.digest, None)
             entry = self._entries.get(version.digest)
             if entry is None:
                 continue

@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,23 @@ def test_pages(tmp_path: Path, folder: Path) -> None:
 
 
 # -- scanning ----------------------------------------------------------------------------
+
+
+def test_count_follows_every_writer(tmp_path: Path, folder: Path) -> None:
+    """Counting takes a look at every row, so it is only done when something changed."""
+    with (
+        closing(Registry(tmp_path / "r.sqlite", BASE)) as here,
+        closing(Registry(tmp_path / "r.sqlite", BASE)) as there,
+    ):
+        looks: list[str] = []
+        here._db.set_trace_callback(lambda sql: looks.append(sql) if "count(*)" in sql else None)
+        for number in (1, 2):
+            here.add(folder, f"mine{number}")
+            there.add(folder, f"yours{number}")
+            assert [here.count() for _ in range(3)] == [2 * number] * 3
+        there.remove("mine1")
+        assert (here.count(), here.count(), there.count()) == (3, 3, 3)
+        assert len(looks) == 3
 
 
 def test_scan(tmp_path: Path) -> None:
