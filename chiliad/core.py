@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
+
+from chiliad.errors import InvalidRequest
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -65,7 +68,10 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens. Field names and defaults follow the OpenAI API and vLLM."""
+    """How to choose tokens. Field names and defaults follow the OpenAI API and vLLM.
+
+    Raises InvalidRequest, naming the field, when a value is out of its range.
+    """
 
     max_tokens: int = 16
     min_tokens: int = 0
@@ -86,6 +92,25 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: chosen token plus the k most likely
     prompt_logprobs: int | None = None  # the same for prompt tokens (echo)
+
+    def __post_init__(self) -> None:
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not (least <= value <= most and value < inf):  # NaN is in no range
+                limits = f"at least {least}" if most == inf else f"between {least} and {most}"
+                raise InvalidRequest(f"{name} must be {limits}, not {value}", param=name)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise InvalidRequest(f"{name} must be above 0", param=name)
+
+
+#: Fields of SamplingParams with their least and greatest values.
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    *(("n", 1, inf), ("max_tokens", 1, inf), ("min_tokens", 0, inf)),
+    *(("temperature", 0, inf), ("top_p", 0, 1), ("top_k", 0, inf), ("min_p", 0, 1)),
+    *(("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0, inf)),
+    *(("logprobs", 0, inf), ("prompt_logprobs", 0, inf)),
+)
 
 
 @dataclass(frozen=True, slots=True)

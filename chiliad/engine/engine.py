@@ -129,6 +129,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._samplers: dict[int, SequenceSampler] = {}  # by id(sequence)
         self._events: list[Event] = []
+        self._ended: ChiliadError | None = None  # once the loop has ended: what to tell who comes late
 
     # -- from any thread -----------------------------------------------------------------
 
@@ -149,6 +150,8 @@ class Engine:
             if not future.set_running_or_notify_cancel():
                 return
             try:
+                if self._ended is not None:
+                    raise self._ended
                 future.set_result(function())
             except BaseException as error:
                 future.set_exception(error)
@@ -212,8 +215,7 @@ class Engine:
     def step(self) -> bool:
         """One iteration. False when there was nothing to compute."""
         self._wake.clear()
-        while self._inbox:
-            self._inbox.popleft()()
+        self._take_inbox()
         self.store.poll()
         plan = self.scheduler.plan()
         for request, error in self.scheduler.take_failures():
@@ -292,8 +294,21 @@ class Engine:
     def _post(self, function: Callable[[], None]) -> None:
         self._inbox.append(function)
         self._wake.set()
+        if self._ended is not None:  # the loop looks no more
+            self._take_inbox()
+
+    def _take_inbox(self) -> None:
+        while True:
+            try:
+                function = self._inbox.popleft()
+            except IndexError:
+                return
+            function()
 
     def _admit(self, request: Request) -> None:
+        if self._ended is not None:
+            self._sink([Failed(request.id, self._ended)])
+            return
         if request.id in self._live:
             error = InvalidRequest(f"request id {request.id!r} is already running", param="id")
             self._events.append(Failed(request.id, error))
@@ -316,7 +331,7 @@ class Engine:
 
     def _cancel(self, request_id: str) -> None:
         live = self._live.get(request_id)
-        if live is None:
+        if live is None or self._ended is not None:
             return
         for sequence in self.scheduler.cancel(request_id):
             choice = live.choices[sequence.index]
@@ -333,17 +348,19 @@ class Engine:
             self._samplers.pop(id(sequence), None)
         self._events.append(Failed(request_id, error))
 
-    def fail_all(self, error: Exception) -> None:
-        """End every request with `error` (the engine stops)."""
-        for request_id in list(self._live):
-            self._fail(request_id, error)
-        events, self._events = self._events, []
-        if events:
-            self._sink(events)
+    def close(self, error: ChiliadError | None = None) -> None:
+        """End what still runs, and whatever comes later, with `error`; stop loading adapters.
 
-    def close(self) -> None:
-        """Stop loading adapters and end what still runs."""
-        self.fail_all(Unavailable("the engine has stopped", retry_after=5.0))
+        Whoever waits hears of it first: after a failure the books may be too broken to be cleared.
+        """
+        self._ended = error or Unavailable("the engine has stopped", retry_after=5.0)
+        live, self._live = self._live, {}
+        events, self._events = self._events, []
+        self._sink(events + [Failed(request_id, self._ended) for request_id in live])
+        self._take_inbox()
+        self._samplers.clear()
+        for request_id in live:
+            self.scheduler.cancel(request_id)
         self.store.close()
 
     def stats(self, registered: int | None = None) -> EngineStats:

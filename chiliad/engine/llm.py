@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -93,8 +94,8 @@ class LLM:
         self.registry = Registry(":memory:", self.model.info)
         if adapters is not None:
             self.registry.scan(Path(adapters))
-        self._events: list[Event] = []
-        self.engine = Engine(self.model, self.kernels, self.registry, config, self._events.extend)
+        self._readers: dict[str, list[Event]] = {}  # by request id: where its events go
+        self.engine = Engine(self.model, self.kernels, self.registry, config, self._deliver)
         self.tokenizer = self.model.tokenizer
         self._ids = itertools.count()
 
@@ -138,24 +139,10 @@ class LLM:
         """The text of one answer piece by piece. Closing the iterator ends the request."""
         (ids,) = self._prompts(prompt)
         request = self._request(ids, params or SamplingParams(), adapter)
-        self.engine.submit(request)
-        try:
-            while True:
-                if not self.engine.step():
-                    self.engine.wait(0.05)
-                events, self._events[:] = list(self._events), []
-                for event in events:
-                    if isinstance(event, Chunk):
-                        yield event.text
-                    elif isinstance(event, Failed):
-                        raise event.error
-                    else:
-                        return
-        finally:
-            self.engine.cancel(request.id)
-            while not self.engine.idle:
-                self.engine.step()
-            self._events.clear()
+        with closing(self._events_of([request])) as events:
+            for event in events:
+                if isinstance(event, Chunk):
+                    yield event.text
 
     def _request(self, prompt: tuple[int, ...], params: SamplingParams, adapter: str | None) -> Request:
         return Request(
@@ -174,25 +161,49 @@ class LLM:
 
     def _run(self, requests: list[Request]) -> list[Output]:
         outputs = {r.id: Output(r.prompt, [Completion() for _ in range(r.params.n)]) for r in requests}
-        for request in requests:
-            self.engine.submit(request)
-        failure: Exception | None = None
-        while not self.engine.idle:
-            if not self.engine.step():
-                self.engine.wait(0.05)
-            for event in self._events:
+        with closing(self._events_of(requests)) as events:
+            for event in events:
+                output = outputs[event.request_id]
                 if isinstance(event, Chunk):
-                    _collect(outputs[event.request_id], event)
-                elif isinstance(event, Finished):
-                    outputs[event.request_id].usage = event.usage
-                elif isinstance(event, Failed) and failure is None:
-                    failure = event.error
-                    for request in requests:
-                        self.engine.cancel(request.id)
-            self._events.clear()
-        if failure is not None:
-            raise failure
+                    _collect(output, event)
+                else:
+                    output.usage = event.usage
         return [outputs[r.id] for r in requests]
+
+    def _events_of(self, requests: list[Request]) -> Generator[Chunk | Finished]:
+        """Run the engine and yield these requests' events until all have ended; raise what one failed of.
+
+        Whoever closes it early ends the rest of them. What comes meanwhile for others, such as a
+        `stream` that the caller has not read to its end, waits for its own reader.
+        """
+        events: list[Event] = []
+        open_ids = [request.id for request in requests]
+        self._readers.update(dict.fromkeys(open_ids, events))
+        try:
+            for request in requests:
+                self.engine.submit(request)
+            while open_ids:
+                if not self.engine.step() and not events:
+                    self.engine.wait(0.05)
+                news, events[:] = list(events), []
+                for event in news:
+                    if isinstance(event, Failed):
+                        raise event.error
+                    if isinstance(event, Finished):
+                        open_ids.remove(event.request_id)
+                        del self._readers[event.request_id]
+                    yield event
+        finally:
+            for request_id in open_ids:
+                del self._readers[request_id]
+                self.engine.cancel(request_id)
+            if open_ids:
+                self.engine.step()  # now, so that their memory is free
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            if event.request_id in self._readers:  # otherwise its reader has gone
+                self._readers[event.request_id].append(event)
 
     def close(self) -> None:
         self.engine.close()

@@ -99,7 +99,7 @@ class Runner:
         sequence = work.sequence
         logprobs = torch.log_softmax(logits, dim=-1)
         targets = sequence.tokens[work.start + 1 : work.start + 1 + len(logits)]
-        k = sequence.request.params.prompt_logprobs or 0
+        k = min(sequence.request.params.prompt_logprobs or 0, logits.shape[-1])
         best = torch.topk(logprobs, k, dim=-1) if k else None
         scored = []
         for row, token in enumerate(targets):

@@ -64,16 +64,16 @@ class AsyncEngine:
             await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        engine = self.engine
+        engine, error = self.engine, None
         try:
             while not self._stop.is_set():
                 if not engine.step():
                     engine.wait(0.2)
-            engine.close()
-        except BaseException as error:
-            self.error = f"{type(error).__name__}: {error}"
+        except BaseException as died:
+            self.error = f"{type(died).__name__}: {died}"
             log.exception("the engine thread died")
-            engine.fail_all(Unavailable(f"the engine has failed ({self.error}); restart the server"))
+            error = Unavailable(f"the engine has failed ({self.error}); restart the server")
+        engine.close(error)
 
     # -- requests ------------------------------------------------------------------------
 

@@ -6,8 +6,10 @@ batch, how its prompt was cut, whether it was preempted, or what happens to othe
 
 from __future__ import annotations
 
+import asyncio
 import random
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,10 @@ from engine_harness import ADAPTERS, MakeLLM
 
 from chiliad import LLM, SamplingParams
 from chiliad.config import SchedulerConfig
-from chiliad.core import AdapterUse, BaseInfo, Chunk, Failed, Finished, Request
+from chiliad.core import AdapterUse, BaseInfo, Chunk, Event, Failed, Finished, Request
 from chiliad.engine.engine import WORKSPACE
-from chiliad.errors import ContextLengthExceeded, InvalidConfig, InvalidRequest, ModelNotFound
+from chiliad.engine.stream import AsyncEngine
+from chiliad.errors import ContextLengthExceeded, InvalidConfig, InvalidRequest, ModelNotFound, Unavailable
 from chiliad.testing import write_random_adapter
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -62,6 +65,8 @@ class Driver:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
+        self.events: list[Event] = []
+        llm.engine._sink = self.events.extend
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, object] = {}
 
@@ -73,13 +78,13 @@ class Driver:
     def step(self) -> None:
         if not self.llm.engine.step():
             self.llm.engine.wait(0.01)
-        for event in self.llm._events:
+        for event in self.events:
             assert event.request_id not in self.ended, "an event after the terminal one"
             if isinstance(event, Chunk):
                 self.tokens[event.request_id].extend(event.token_ids)
             elif isinstance(event, Finished | Failed):
                 self.ended[event.request_id] = event
-        self.llm._events.clear()
+        self.events.clear()
 
 
 def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo) -> None:
@@ -126,6 +131,7 @@ def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: 
     assert llm.engine.idle
     assert llm.engine.metrics.preemptions > 0, "the pool was not tight enough to test preemption"
     assert replaced > 2
+    assert driver.ended.keys() == driver.tokens.keys(), "a request without a terminal event"
     for i in range(64):
         assert isinstance(driver.ended[f"r{i}"], Finished)
         assert driver.tokens[f"r{i}"] == expected[i], (i, names[i])
@@ -273,3 +279,101 @@ def test_a_long_list_of_prompts_is_no_overload(make_llm: MakeLLM) -> None:
     llm = make_llm(scheduler=SchedulerConfig(max_waiting=2, max_sequences=2))
     params = SamplingParams(max_tokens=1, n=2)
     assert len(llm.generate(prompts(9), params)) == 9
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 0), ("max_tokens", 0), ("min_tokens", -1), ("temperature", -0.1), ("temperature", float("nan")),
+        ("temperature", float("inf")), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2.0),
+        ("presence_penalty", 3.0), ("frequency_penalty", float("nan")), ("repetition_penalty", 0.0),
+        ("logprobs", -1), ("prompt_logprobs", -1),
+    ],
+)  # fmt: skip
+def test_sampling_parameters_out_of_range(field: str, value: float) -> None:
+    with pytest.raises(InvalidRequest, match=field) as caught:
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+    assert caught.value.param == field
+
+
+def test_more_logprobs_than_tokens_exist(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    params = SamplingParams(max_tokens=1, logprobs=10**6, prompt_logprobs=10**6)
+    output = llm.generate([5, 6, 7], params)[0]
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[1] is not None
+    assert output.choices[0].logprobs is not None
+    for entry in (output.prompt_logprobs[1], output.choices[0].logprobs[0]):
+        assert len(entry.top) == llm.model.arch.vocab
+
+
+def test_an_interrupted_call_leaves_nothing_behind(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm()
+    expected = solo(llm, [5, 6], None)
+    step, steps = llm.engine.step, iter(range(100))
+
+    def interrupted() -> bool:
+        if next(steps) == 4:  # Ctrl-C
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5, 6], [7, 8]], GREEDY, [None, "r8-qv"])
+    assert llm.engine.idle
+    monkeypatch.undo()
+    assert solo(llm, [5, 6], None) == expected
+
+
+def test_a_stream_may_stay_open_during_other_calls(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    whole = llm.generate([5, 6], GREEDY)[0].text
+    stream = llm.stream([5, 6], GREEDY)
+    text = next(stream)
+    assert solo(llm, [7, 8], "r8-qv")
+    assert text + "".join(stream) == whole
+    left = llm.stream([5, 6], GREEDY)
+    next(left)
+    left.close()
+    assert llm.engine.idle
+
+
+def test_after_its_end_an_engine_refuses(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    llm.close()
+    with pytest.raises(Unavailable, match="stopped"):
+        llm.generate([5, 6], GREEDY)
+    with pytest.raises(Unavailable, match="stopped"):
+        llm.engine.call(lambda: 1).result(timeout=1)
+
+
+async def test_every_request_hears_of_a_dead_engine(make_llm: MakeLLM) -> None:
+    """Those that run, those in the inbox, and those that come between the crash and its notice."""
+    engine = make_llm().engine
+    door = AsyncEngine(lambda sink: setattr(engine, "_sink", sink) or engine)  # type: ignore[func-returns-value]
+    await door.start()
+    running = door.generate(Request("running", (5, 6), GREEDY))
+    await anext(running)
+    posted: asyncio.Queue[Event] = asyncio.Queue()
+    door._queues["posted"] = posted  # as `generate` does before it submits
+    called: list[Future[int]] = []
+
+    def crash() -> None:
+        engine.submit(Request("posted", (5, 6), GREEDY))
+        called.append(engine.call(lambda: 1))
+        raise SystemError("boom")
+
+    engine._post(crash)
+    *_, last = [event async for event in running]
+    for event in (last, await asyncio.wait_for(posted.get(), 5)):
+        assert isinstance(event, Failed)
+        assert "boom" in str(event.error)
+    called.append(engine.call(lambda: 1))  # too late
+    for future in called:
+        with pytest.raises(Unavailable, match="boom"):
+            future.result(timeout=5)
+    with pytest.raises(Unavailable, match="boom"):
+        await anext(door.generate(Request("late", (5, 6), GREEDY)))
+    await door.stop()
