@@ -29,6 +29,7 @@ from chiliad.kernels.base import (
 )
 from chiliad.kernels.cases import ArenaBuilder, bench_cases, segment_sizes, simple_step
 from chiliad.kernels.cpu import CpuKernels
+from chiliad.memory.arena import Arena
 
 HIDDEN, FEED_FORWARD, VOCAB, LAYERS = 576, 1536, 49152, 30
 KV_WIDTH = 192
@@ -99,7 +100,9 @@ class LinearLayers:
                     low[7 * layer + j] = LowRankRows(a.numpy(), b.numpy(), scale)
             made.append(AdapterRows(low, {}, stored))
         self.adapter_nbytes = LAYERS * rank * sum(HIDDEN + out for out in outs) * stored.itemsize
-        kernels.bind_arena(builder.build(), KVLayout(1, 1, 16, 16, torch.float32, 2048))
+        arena = Arena(-(-builder.nbytes // (1 << 20)) + 1, 1 << 20).buffer  # huge pages, as when serving
+        builder.write(arena)
+        kernels.bind_arena(arena, KVLayout(1, 1, 16, 16, torch.float32, 2048))
         self.adapters = [kernels.prepare_adapter(adapter) for adapter in made]
 
     def step(self, sizes: list[tuple[int, int]]) -> tuple[Step, int]:
@@ -184,7 +187,8 @@ def bench_table(args: argparse.Namespace) -> list[dict[str, object]]:
         )  # fmt: skip
         results.append(asdict(row))
         print(
-            f"{row.name:64} {seconds * 1e6:9.1f} us {row.gbytes_per_second:7.1f} GB/s ({row.of_read_ceiling:4.0%}) "
+            f"{row.name:64} {seconds * 1e6:9.1f} us "
+            f"{row.gbytes_per_second:7.1f} GB/s ({row.of_read_ceiling:4.0%}) "
             f"{row.gflops_per_second:8.1f} GFLOP/s ({row.of_flop_ceiling:4.0%})"
         )
     return results

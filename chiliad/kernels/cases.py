@@ -104,13 +104,20 @@ class ArenaBuilder:
         self._size += -(-stored.numel() * self.dtype.itemsize // 64) * 64
         return offset
 
+    @property
+    def nbytes(self) -> int:
+        return max(self._size, 64)
+
     def build(self) -> Tensor:
-        whole = torch.full((self._size + 128,), 0xFF, dtype=torch.uint8)
-        whole = whole[-whole.data_ptr() % 64 :][: max(self._size, 64)]
+        whole = torch.full((self.nbytes + 64,), 0xFF, dtype=torch.uint8)
+        whole = whole[-whole.data_ptr() % 64 :][: self.nbytes]
+        self.write(whole)
+        return whole
+
+    def write(self, arena: Tensor) -> None:
         for offset, row in self._rows:
             nbytes = row.numel() * self.dtype.itemsize
-            whole[offset : offset + nbytes] = row.contiguous().view(torch.uint8)
-        return whole
+            arena[offset : offset + nbytes] = row.contiguous().view(torch.uint8)
 
 
 def simple_step(num_tokens: int, segments: list[Segment]) -> Step:

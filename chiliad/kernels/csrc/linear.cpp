@@ -126,11 +126,11 @@ void lay_out(PackedLinear& linear) {
 struct Plans {
   std::vector<Use> uses;
   std::vector<int> uses_from, scaled_at;
-  std::vector<ShrinkTask> shrinks;
+  std::vector<Task> tasks;
   std::vector<const std::byte*> tiles;
 };
 
-enum Scratch { kInputs, kNormed, kScaled, kShrunk, kTurned, kWork };
+enum Scratch { kInputs, kNormed, kScaled, kShrunk, kTurned, kDelta, kWork };
 
 const std::uint8_t* vector_at(const Arena& arena, std::int64_t offset, int length, DType dtype) {
   if (offset < 0) return nullptr;
@@ -144,7 +144,8 @@ bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* st
   bool any_d = false;
   plans.uses.clear();
   plans.uses_from.assign(1, 0);
-  for (std::size_t p = 0; p < linear.sizes.size(); ++p) {
+  int first = 0;
+  for (std::size_t p = 0; p < linear.sizes.size(); first += linear.sizes[p++]) {
     if (step != nullptr && linear.slots[p] >= 0)
       for (const Segment& segment : step->segments) {
         if (segment.adapter == nullptr) continue;
@@ -154,7 +155,12 @@ bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* st
         if ((low == nullptr || low->rank() == 0) && vectors == nullptr) continue;
         if (adapter.dtype != DType::float32 && adapter.dtype != DType::bfloat16)
           throw KernelError("adapter rows must be float32 or bfloat16");
-        Use use{segment.start, segment.stop, 0, adapter.dtype, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+        Use use{};
+        use.start = segment.start;
+        use.stop = segment.stop;
+        use.first = first;
+        use.size = linear.sizes[p];
+        use.dtype = adapter.dtype;
         if (low != nullptr && low->rank() > 0) {
           vector_at(arena, low->last_a, linear.in_features, adapter.dtype);
           vector_at(arena, low->last_b, linear.sizes[p], adapter.dtype);
@@ -176,20 +182,19 @@ bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* st
   return any_d;
 }
 
-void plan_shrinks(Kernels& kernels, Plans& plans) {
-  constexpr int kRanks = 16, kRows = 64;
+void plan_tasks(Kernels& kernels, Plans& plans) {
+  constexpr int kRows = 64;
   std::size_t total = 0;
   for (const Use& use : plans.uses) total += static_cast<std::size_t>(use.stop - use.start) * use.rank;
   auto* z = reinterpret_cast<float*>(kernels.scratch(kShrunk, total * sizeof(float)));
-  plans.shrinks.clear();
+  plans.tasks.clear();
   for (Use& use : plans.uses) {
     use.z = z;
     z += static_cast<std::size_t>(use.stop - use.start) * use.rank;
-    for (int rank = 0; rank < use.rank; rank += kRanks)
-      for (int row = use.start, next; row < use.stop; row = next) {
-        next = std::min((row / kRows + 1) * kRows, use.stop);
-        plans.shrinks.push_back({&use, row, next - row, rank, std::min(kRanks, use.rank - rank)});
-      }
+    for (int row = use.start, next; use.rank > 0 && row < use.stop; row = next) {
+      next = std::min((row / kRows + 1) * kRows, use.stop);
+      plans.tasks.push_back({&use, row, next - row});
+    }
   }
 }
 
@@ -239,7 +244,7 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
   const LinearOps& ops = linear_ops(kernels.isa);
   thread_local Plans plans;
   const bool any_d = collect_uses(kernels.arena, linear, step, plans);
-  plan_shrinks(kernels, plans);
+  plan_tasks(kernels, plans);
 
   const int projections = static_cast<int>(linear.sizes.size()), row_tiles = (rows + kRowTile - 1) / kRowTile;
   const std::size_t row_bytes = std::size_t{sizeof(float)} * linear.in_features;
@@ -248,6 +253,7 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
   plan.threads = &kernels.threads;
   plan.dtype = linear.dtype;
   plan.in_features = linear.in_features;
+  plan.out_features = linear.out_features;
   plan.k_padded = linear.k_padded;
   plan.num_projections = projections;
   plan.num_panels = linear.num_panels;
@@ -267,8 +273,11 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
   plan.arena = kernels.arena.data;
   plan.uses = plans.uses.data();
   plan.uses_from = plans.uses_from.data();
-  plan.shrinks = plans.shrinks.data();
-  plan.num_shrinks = static_cast<int>(plans.shrinks.size());
+  plan.tasks = plans.tasks.data();
+  plan.num_tasks = static_cast<int>(plans.tasks.size());
+  constexpr int kFewRows = 64;  // up to here reading B takes longer than the arithmetic with it
+  if (plan.num_tasks > 0 && rows <= kFewRows)
+    plan.delta = reinterpret_cast<float*>(kernels.scratch(kDelta, sizeof(float) * (static_cast<std::size_t>(linear.out_features) * rows + 16)));
 
   plan.tile_bytes = f32 ? row_bytes * kRowTile
                         : std::size_t{kRowTile} * linear.k_padded * (ops.bf16_tiles ? 2 : sizeof(float));
@@ -293,7 +302,7 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
       if (plans.scaled_at[i] >= 0) plans.tiles[i] = plan.scaled + plans.scaled_at[i] * plan.tile_bytes;
   }
   plan.tiles = plans.tiles.data();
-  const bool bf16_rows = std::any_of(plans.shrinks.begin(), plans.shrinks.end(), [](const ShrinkTask& task) {
+  const bool bf16_rows = std::any_of(plans.tasks.begin(), plans.tasks.end(), [](const Task& task) {
     return task.use->dtype == DType::bfloat16;
   });
   if (ops.turned && !f32 && bf16_rows) plan.turned = kernels.scratch(kTurned, plan.tile_bytes * row_tiles);

@@ -82,24 +82,25 @@ void norm(Kernels& kernels, const float* x, int rows, int features, const Norm& 
 // What one segment's adapter does to one projection.
 struct Use {
   int start, stop;  // rows
+  int first, size;  // columns of the projection, in the whole linear
   int rank;
   DType dtype;
   const std::int64_t *a, *b;  // offsets of the rank rows
   const float* scale;
-  float* z;  // [rank][rows], filled by the first phase
+  float* z;  // [rank][rows], filled by phase 1
   const std::uint8_t *d, *g, *c;
 };
 
-// Ranks [rank, rank + ranks) of rows [row, row + rows) of one use.
-struct ShrinkTask {
+// The low rank part of rows [row, row + rows) of one use.
+struct Task {
   const Use* use;
-  int row, rows, rank, ranks;
+  int row, rows;
 };
 
 struct ProjectPlan {
   ThreadPool* threads;
   DType dtype;
-  int in_features, k_padded, num_projections, num_panels;
+  int in_features, out_features, k_padded, num_projections, num_panels;
   bool paired;
   const Block* blocks;
   const std::byte* weights;
@@ -127,8 +128,9 @@ struct ProjectPlan {
   const std::uint8_t* arena;
   const Use* uses;       // sorted by projection, then by row
   const int* uses_from;  // [projections + 1]
-  const ShrinkTask* shrinks;
-  int num_shrinks;
+  const Task* tasks;
+  int num_tasks;
+  float* delta;  // [rows][out_features]: z B of rows with low rank, or null: the epilogue computes it
 
   std::byte* work;  // per worker: work_bytes
   std::size_t work_bytes;

@@ -2,9 +2,10 @@
 //
 // project runs in three phases with a barrier between them:
 //   0  inputs: normalise rows, round them, lay them out in tiles
-//   1  shrink: z = scale * (A x) for every (segment, projection, ranks), each rank row read once
+//   1  low rank: z = scale * (A x) for every segment and projection, each rank row read once;
+//      with few rows also delta = z B, because walking whole rows of B suits the memory
 //   2  panels: base GEMM of a few panels into a small buffer that stays in the L1 cache, then the
-//      epilogue on it: bias, g, c, z B (expand), activation, residual, store.
+//      epilogue on it: bias, g, c, delta (or z B), activation, residual, store.
 // At small batches all of it waits for memory, so phases 1 and 2 ask for what comes next
 // (prefetch) while they work on what is there.
 #include "linear.h"
@@ -182,7 +183,109 @@ void input_tile(const ProjectPlan& plan, int tile) {
   }
 }
 
-// ---- phase 1: shrink ----
+// ---- phase 1: low rank ----
+
+// Memory that will be needed soon, fetched line by line between other work.
+struct Fetch {
+  const std::uint8_t* at = nullptr;
+  int lines = 0;
+};
+
+// The first of `count` rows at these offsets, as far as they lie back to back (as a rule, all).
+Fetch fetch_rows(const std::uint8_t* arena, const std::int64_t* at, int count, int row_bytes) {
+  const std::int64_t stride = (row_bytes + 63) / 64 * 64;
+  if (count > 0 && at[count - 1] - at[0] != (count - 1) * stride) {
+    int n = 1;
+    while (at[n] - at[n - 1] == stride) ++n;
+    count = n;
+  }
+  return {arena + at[0], static_cast<int>(count * stride / 64)};
+}
+
+CHILIAD_INLINE void fetch_lines(const std::uint8_t*& at, int count) {
+  for (int i = 0; i < count; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+  at += 64 * count;
+}
+
+// z[rank][R] * B[rank][16 NB columns], summed over ranks in their order, is added to `to` (or
+// stored there). Blocks are `step` floats apart, rows `stride`.
+template <class T, int R, int NB, bool Add>
+void expand(const Use& use, const std::uint8_t* arena, int column, const float* z, float* to, std::size_t stride,
+            int step, const std::uint8_t*& ahead, int lines) {
+  const int ldz = use.stop - use.start;
+  const std::uint8_t* fetched = ahead;
+  Vec sum[R][NB][kVecs];
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) sum[r][b][v] = vset(0.0f);
+  for (int j = 0; j < use.rank; ++j) {
+    if (!Add) fetch_lines(fetched, lines);
+    const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column;
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec w = vload(row + b * kBlock + v * kLanes);
+        for (int r = 0; r < R; ++r) sum[r][b][v] = vfma(vset(z[static_cast<std::size_t>(j) * ldz + r]), w, sum[r][b][v]);
+      }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) {
+        float* p = to + r * stride + b * step + v * kLanes;
+        vstore(p, Add ? vload(p) + sum[r][b][v] : sum[r][b][v]);
+      }
+  ahead = fetched;
+}
+
+// The same for a block that is not full.
+template <class T, bool Add>
+void expand_rest(const Use& use, const std::uint8_t* arena, int column, int width, const float* z, float* to) {
+  const int ldz = use.stop - use.start;
+  for (int v = 0; v * kLanes < width; ++v) {
+    const int left = width - v * kLanes < kLanes ? width - v * kLanes : kLanes;
+    Vec sum = vset(0.0f);
+    for (int j = 0; j < use.rank; ++j) {
+      const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column + v * kLanes;
+      sum = vfma(vset(z[static_cast<std::size_t>(j) * ldz]), vload(row, left), sum);
+    }
+    float* p = to + v * kLanes;
+    vstore(p, Add ? vload(p, left) + sum : sum, left);
+  }
+}
+
+// `rows` rows from row `first`, `count` full blocks and `rest` columns.
+template <class T, bool Add>
+void expand_blocks(const Use& use, const std::uint8_t* arena, int column, int count, int rest, int first, int rows,
+                   float* to, std::size_t stride, int step, Fetch next) {
+  constexpr int kMany = 8 / kVecs > 1 ? 8 / kVecs : 1;   // blocks at once for one row
+  constexpr int kFew = kMany > 2 ? kMany / 2 : 1;        // and for four
+  const float* z = use.z + (first - use.start);
+  int lines = 0;
+  if (!Add) {
+    const int passes = ((count + kMany - 1) / kMany) * use.rank;
+    lines = passes ? (next.lines + passes - 1) / passes : 0;
+  }
+  int r = 0;
+  auto pass = [&]<int R, int NB>(int& b) {
+    for (; b + NB <= count; b += NB)
+      expand<T, R, NB, Add>(use, arena, column + b * kBlock, z + r, to + r * stride + b * step, stride, step, next.at, lines);
+  };
+  for (; r + 4 <= rows; r += 4) {
+    int b = 0;
+    if constexpr (kFew > 2) pass.template operator()<4, kFew>(b);
+    if constexpr (kFew > 1) pass.template operator()<4, 2>(b);
+    pass.template operator()<4, 1>(b);
+  }
+  for (; r < rows; ++r) {
+    int b = 0;
+    if constexpr (kMany > 4) pass.template operator()<1, kMany>(b);
+    if constexpr (kMany > 2) pass.template operator()<1, 4>(b);
+    if constexpr (kMany > 1) pass.template operator()<1, 2>(b);
+    pass.template operator()<1, 1>(b);
+  }
+  if (rest)
+    for (r = 0; r < rows; ++r)
+      expand_rest<T, Add>(use, arena, column + count * kBlock, rest, z + r, to + r * stride + count * step);
+}
 
 // Rows of x for shrink: bfloat16 rank rows of a linear that rounds its input see the rounded
 // input, from its tiles; others see x as it is.
@@ -232,10 +335,10 @@ void dots(const std::uint8_t* arena, const std::int64_t* at, const X& x, int fir
 }
 
 template <class T, class X>
-void shrink(const ProjectPlan& plan, const ShrinkTask& task, const X& x) {
+void shrink(const ProjectPlan& plan, const Task& task, const X& x) {
   constexpr int kJ = kLanes == 16 ? 4 : 2;
   const Use& use = *task.use;
-  const int end = task.rank + task.ranks, ldz = use.stop - use.start;
+  const int ldz = use.stop - use.start;
   auto pass = [&]<int R, int J>(int row, int j) {
     float* z = use.z + static_cast<std::size_t>(j) * ldz + (row - use.start);
     dots<T, R, J>(plan.arena, use.a + j, x, row, plan.in_features, use.scale + j, z, ldz);
@@ -243,18 +346,18 @@ void shrink(const ProjectPlan& plan, const ShrinkTask& task, const X& x) {
   int row = task.row;
   const int stop = task.row + task.rows;
   for (; row + 4 <= stop; row += 4) {
-    int j = task.rank;
-    for (; j + kJ <= end; j += kJ) pass.template operator()<4, kJ>(row, j);
-    for (; j < end; ++j) pass.template operator()<4, 1>(row, j);
+    int j = 0;
+    for (; j + kJ <= use.rank; j += kJ) pass.template operator()<4, kJ>(row, j);
+    for (; j < use.rank; ++j) pass.template operator()<4, 1>(row, j);
   }
   for (; row < stop; ++row) {
-    int j = task.rank;
-    for (; j + 8 <= end; j += 8) pass.template operator()<1, 8>(row, j);
-    for (; j < end; ++j) pass.template operator()<1, 1>(row, j);
+    int j = 0;
+    for (; j + 8 <= use.rank; j += 8) pass.template operator()<1, 8>(row, j);
+    for (; j < use.rank; ++j) pass.template operator()<1, 1>(row, j);
   }
 }
 
-void shrink_any(const ProjectPlan& plan, const ShrinkTask& task) {
+void shrink_any(const ProjectPlan& plan, const Task& task) {
   const PlainRows plain{plan.x32 ? plan.x32 : plan.x, static_cast<std::size_t>(plan.in_features)};
   if (task.use->dtype == DType::float32) return shrink<float>(plan, task, plain);
   if (plan.dtype == DType::float32) return shrink<bf16>(plan, task, plain);
@@ -266,18 +369,19 @@ void shrink_any(const ProjectPlan& plan, const ShrinkTask& task) {
 
 #if defined(__AMX_BF16__)
 
-// Up to 16 ranks times up to 64 rows (4 row tiles). `next` is fetched meanwhile. Full sets of
-// ranks at a constant distance are multiplied where they lie, others are copied first.
-void shrink_tiles(const ProjectPlan& plan, const ShrinkTask& task, const ShrinkTask* next, std::byte* work) {
+// Ranks [rank, rank + 16) times up to 64 rows (4 row tiles). Full sets of ranks at a constant
+// distance are multiplied where they lie, others are copied first.
+void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, Fetch next, std::byte* work) {
   const Use& use = *task.use;
-  const std::int64_t* at = use.a + task.rank;
+  const int ranks = use.rank - rank < 16 ? use.rank - rank : 16;
+  const std::int64_t* at = use.a + rank;
   const std::uint8_t* rows = plan.arena + at[0];
-  std::int64_t stride = task.ranks > 1 ? at[1] - at[0] : 0;
-  bool in_place = task.ranks == 16 && plan.in_features % 32 == 0;
+  std::int64_t stride = ranks > 1 ? at[1] - at[0] : 0;
+  bool in_place = ranks == 16 && plan.in_features % 32 == 0;
   for (int j = 2; in_place && j < 16; ++j) in_place = at[j] - at[j - 1] == stride;
   if (!in_place) {
     stride = std::int64_t{2} * plan.k_padded + 64;  // an odd number of lines: rows spread over the cache
-    for (int j = 0; j < task.ranks; ++j) {
+    for (int j = 0; j < ranks; ++j) {
       std::byte* to = work + j * stride;
       std::memcpy(to, plan.arena + at[j], std::size_t{2} * plan.in_features);
       std::memset(to + 2 * plan.in_features, 0, std::size_t{2} * (plan.k_padded - plan.in_features));
@@ -285,19 +389,18 @@ void shrink_tiles(const ProjectPlan& plan, const ShrinkTask& task, const ShrinkT
     rows = reinterpret_cast<const std::uint8_t*>(work);
   }
   const int first = task.row / kRowTile, tiles = (task.row + task.rows - 1) / kRowTile - first + 1;
-  const std::byte* x = plan.turned + first * std::size_t{32} * plan.k_padded;
   const std::size_t tile_bytes = std::size_t{32} * plan.k_padded;
-  const int ahead = next ? next->ranks : 0;
-  const std::int64_t* next_at = next ? next->use->a + next->rank : nullptr;
+  const std::byte* x = plan.turned + first * tile_bytes;
+  const int steps = plan.k_padded / 32, lines = (next.lines + steps - 1) / steps;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int k = 0; k < plan.k_padded; k += 32, x += 1024) {
-    for (int j = 0; j < ahead; ++j) _mm_prefetch(plan.arena + next_at[j] + 2 * k, _MM_HINT_T0);
     _tile_loadd(4, rows + 2 * k, stride);
     _tile_loadd(5, x, 64);
     _tile_dpbf16ps(0, 4, 5);
+    fetch_lines(next.at, lines);
     if (tiles == 1) continue;
     _tile_loadd(6, x + tile_bytes, 64);
     _tile_dpbf16ps(1, 4, 6);
@@ -319,14 +422,45 @@ void shrink_tiles(const ProjectPlan& plan, const ShrinkTask& task, const ShrinkT
     const int low = task.row > start ? task.row - start : 0;
     const int high = task.row + task.rows < start + kRowTile ? task.row + task.rows - start : kRowTile;
     const __mmask16 mask = static_cast<__mmask16>(((1u << high) - 1) & ~((1u << low) - 1));
-    for (int j = 0; j < task.ranks; ++j) {
-      float* z = use.z + static_cast<std::size_t>(task.rank + j) * ldz + (start - use.start);
-      _mm512_mask_storeu_ps(z, mask, _mm512_load_ps(sums[t][j]) * vset(use.scale[task.rank + j]));
+    for (int j = 0; j < ranks; ++j) {
+      float* z = use.z + static_cast<std::size_t>(rank + j) * ldz + (start - use.start);
+      _mm512_mask_storeu_ps(z, mask, _mm512_load_ps(sums[t][j]) * vset(use.scale[rank + j]));
     }
   }
 }
 
 #endif
+
+Fetch fetch_a(const ProjectPlan& plan, const Use& use, int rank) {
+  const int rows = use.rank - rank < 16 ? use.rank - rank : 16;
+  return fetch_rows(plan.arena, use.a + rank, rows, plan.in_features * item_bytes(use.dtype));
+}
+
+// The low rank part of one use, for some of its rows: z, and z B if it is wanted now. While it
+// works on one stretch of memory (16 rows of A, B, the next task's A) it fetches the next.
+void low_rank(const ProjectPlan& plan, const Task& task, const Task* after, [[maybe_unused]] std::byte* work) {
+  const Use& use = *task.use;
+  Fetch b;
+  if (plan.delta) b = fetch_rows(plan.arena, use.b, use.rank, use.size * item_bytes(use.dtype));
+#if defined(__AMX_BF16__)
+  if (plan.turned && use.dtype == DType::bfloat16) {
+    for (int rank = 0; rank < use.rank; rank += 16) {
+      const Fetch next = rank + 16 < use.rank ? fetch_a(plan, use, rank + 16) : b;
+      shrink_tiles(plan, task, rank, next, work);
+    }
+  } else
+#endif
+    shrink_any(plan, task);
+  if (!plan.delta) return;
+  Fetch next;
+  if (after) next = fetch_a(plan, *after->use, 0);
+  float* to = plan.delta + static_cast<std::size_t>(task.row) * plan.out_features + use.first;
+  const int count = use.size / kBlock, rest = use.size % kBlock;
+  if (use.dtype == DType::bfloat16)
+    expand_blocks<bf16, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, next);
+  else
+    expand_blocks<float, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, next);
+}
 
 // ---- phase 2: weights stored in fewer bits ----
 
@@ -656,59 +790,15 @@ void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* pa
 
 // ---- phase 2: epilogue ----
 
-// c[R][NB blocks] += z[rank][R] * B[rank][16 NB columns]; blocks are `step` floats apart in c.
-// Meanwhile the same columns of the next use are fetched.
-template <class T, int R, int NB>
-void expand(const Use& use, const Use* next, const std::uint8_t* arena, int column, const float* z, float* c, int step) {
-  const int ldz = use.stop - use.start, ahead = next ? next->rank : 0;
-  auto fetch_row = [&](int j) {
-    const std::uint8_t* row = arena + next->b[j] + static_cast<std::size_t>(column) * sizeof(T);
-    for (std::size_t line = 0; line < NB * kBlock * sizeof(T); line += 64) __builtin_prefetch(row + line);
-  };
-  Vec sum[R][NB][kVecs];
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < NB; ++b)
-      for (int v = 0; v < kVecs; ++v) sum[r][b][v] = vload(c + r * kStride + b * step + v * kLanes);
-  for (int j = 0; j < use.rank; ++j) {
-    if (j < ahead) fetch_row(j);
-    const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column;
-    for (int b = 0; b < NB; ++b)
-      for (int v = 0; v < kVecs; ++v) {
-        const Vec w = vload(row + b * kBlock + v * kLanes);
-        for (int r = 0; r < R; ++r) sum[r][b][v] = vfma(vset(z[static_cast<std::size_t>(j) * ldz + r]), w, sum[r][b][v]);
-      }
-  }
-  for (int j = use.rank; j < ahead; ++j) fetch_row(j);
-  for (int r = 0; r < R; ++r)
-    for (int b = 0; b < NB; ++b)
-      for (int v = 0; v < kVecs; ++v) vstore(c + r * kStride + b * step + v * kLanes, sum[r][b][v]);
-}
-
-// The same for a block that is not full.
-template <class T>
-void expand_rest(const Use& use, const std::uint8_t* arena, int column, int width, const float* z, float* c) {
-  const int ldz = use.stop - use.start;
-  for (int v = 0; v * kLanes < width; ++v) {
-    const int left = width - v * kLanes < kLanes ? width - v * kLanes : kLanes;
-    Vec sum = vload(c + v * kLanes);
-    for (int j = 0; j < use.rank; ++j) {
-      const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column + v * kLanes;
-      sum = vfma(vset(z[static_cast<std::size_t>(j) * ldz]), vload(row, left), sum);
-    }
-    vstore(c + v * kLanes, sum);
-  }
-}
-
 // What one use does to `count` neighbouring blocks (full ones, or a single one of `width`
 // columns) of rows [first, first + rows); c points at them.
 template <class T>
-void apply(const Use& use, const Use* next, const std::uint8_t* arena, int column, int width, int count, int step,
-           int first, int rows, float* c) {
+void apply(const ProjectPlan& plan, const Use& use, const Block& block, int count, int step, int first, int rows, float* c) {
   if (use.g || use.c)
     for (int b = 0; b < count; ++b)
-      for (int v = 0; v * kLanes < width; ++v) {
-        const int left = width - v * kLanes < kLanes ? width - v * kLanes : kLanes;
-        const int at = column + b * kBlock + v * kLanes;
+      for (int v = 0; v * kLanes < block.width; ++v) {
+        const int left = block.width - v * kLanes < kLanes ? block.width - v * kLanes : kLanes;
+        const int at = block.column + b * kBlock + v * kLanes;
         for (int r = 0; r < rows; ++r) {
           float* p = c + r * kStride + b * step + v * kLanes;
           Vec y = vload(p);
@@ -718,45 +808,19 @@ void apply(const Use& use, const Use* next, const std::uint8_t* arena, int colum
         }
       }
   if (use.rank == 0) return;
-  const float* z = use.z + (first - use.start);
-  if (width < kBlock) {
-    for (int r = 0; r < rows; ++r) expand_rest<T>(use, arena, column, width, z + r, c + r * kStride);
+  if (!plan.delta) {
+    const bool full = block.width == kBlock;
+    expand_blocks<T, true>(use, plan.arena, block.column, full ? count : 0, full ? 0 : block.width, first, rows, c, kStride, step, {});
     return;
   }
-  constexpr int kMany = 8 / kVecs > 1 ? 8 / kVecs : 1, kFew = kMany > 2 ? kMany / 2 : 1;  // blocks at once: 1 or 4 rows
-  int r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    int b = 0;
-    auto pass = [&]<int NB>() {
-      for (; b + NB <= count; b += NB)
-        expand<T, 4, NB>(use, r ? nullptr : next, arena, column + b * kBlock, z + r, c + r * kStride + b * step, step);
-    };
-    if constexpr (kFew > 2) pass.template operator()<kFew>();
-    if constexpr (kFew > 1) pass.template operator()<2>();
-    pass.template operator()<1>();
+  for (int r = 0; r < rows; ++r) {
+    const float* delta = plan.delta + static_cast<std::size_t>(first + r) * plan.out_features + block.out;
+    for (int b = 0; b < count; ++b)
+      for (int v = 0; v < kVecs; ++v) {  // what lies beyond `width` is never stored
+        float* p = c + r * kStride + b * step + v * kLanes;
+        vstore(p, vload(p) + vload(delta + b * kBlock + v * kLanes));
+      }
   }
-  for (; r < rows; ++r) {
-    int b = 0;
-    auto pass = [&]<int NB>() {
-      for (; b + NB <= count; b += NB)
-        expand<T, 1, NB>(use, r ? nullptr : next, arena, column + b * kBlock, z + r, c + r * kStride + b * step, step);
-    };
-    if constexpr (kMany > 4) pass.template operator()<kMany>();
-    if constexpr (kMany > 2) pass.template operator()<4>();
-    if constexpr (kMany > 1) pass.template operator()<2>();
-    pass.template operator()<1>();
-  }
-}
-
-CHILIAD_INLINE Vec activate(Activation activation, Vec x) {
-  switch (activation) {
-    case Activation::silu_mul: return vsilu(x);
-    case Activation::gelu_tanh_mul:
-    case Activation::gelu_tanh: return vgelu_tanh(x);
-    case Activation::gelu: return vgelu(x);
-    case Activation::none: break;
-  }
-  return x;
 }
 
 void apply_uses(const ProjectPlan& plan, const Block& block, int count, int step, int row, int rows, float* c) {
@@ -764,12 +828,39 @@ void apply_uses(const ProjectPlan& plan, const Block& block, int count, int step
   for (const Use* use = find_use(plan, block.projection, row); use < end && use->start < row + rows; ++use) {
     const int first = use->start > row ? use->start : row;
     const int last = use->stop < row + rows ? use->stop : row + rows;
-    const Use* next = use + 1 < end && use[1].dtype == use->dtype ? use + 1 : nullptr;
     float* cu = c + (first - row) * kStride;
     if (use->dtype == DType::bfloat16)
-      apply<bf16>(*use, next, plan.arena, block.column, block.width, count, step, first, last - first, cu);
+      apply<bf16>(plan, *use, block, count, step, first, last - first, cu);
     else
-      apply<float>(*use, next, plan.arena, block.column, block.width, count, step, first, last - first, cu);
+      apply<float>(plan, *use, block, count, step, first, last - first, cu);
+  }
+}
+
+// The last step of the epilogue: activation, residual, and c goes to y.
+template <Activation A, bool Add>
+void finish(const ProjectPlan& plan, const Block* blocks, int count, int row, int rows, const float* c) {
+  constexpr bool kPair = A == Activation::silu_mul || A == Activation::gelu_tanh_mul;
+  const bool add = Add || plan.add;
+  for (int r = 0; r < rows; ++r, c += kStride) {
+    float* y_row = plan.y + static_cast<std::size_t>(row + r) * plan.y_stride;
+    for (int i = 0; i < count; i += kPair ? 2 : 1) {
+      const int width = blocks[i].width;
+      float* y = y_row + blocks[i].out;
+      for (int v = 0; v < kVecs; ++v) {
+        const float* p = c + i * kBlock + v * kLanes;
+        Vec value = vload(p);
+        if constexpr (A == Activation::silu_mul) value = vsilu(value);
+        if constexpr (A == Activation::gelu_tanh_mul || A == Activation::gelu_tanh) value = vgelu_tanh(value);
+        if constexpr (A == Activation::gelu) value = vgelu(value);
+        if constexpr (kPair) value = value * vload(p + kBlock);
+        if (width == kBlock) {
+          vstore(y + v * kLanes, add ? value + vload(y + v * kLanes) : value);
+        } else if (const int left = width - v * kLanes; left > 0) {
+          const int n = left < kLanes ? left : kLanes;
+          vstore(y + v * kLanes, add ? value + vload(y + v * kLanes, n) : value, n);
+        }
+      }
+    }
   }
 }
 
@@ -797,23 +888,14 @@ void epilogue(const ProjectPlan& plan, int panel, int panels, int row, int rows,
         if (blocks[i].width) apply_uses(plan, blocks[i], (j - i) / every, every * kBlock, row, rows, c + i * kBlock);
         i = j;
       }
-  const bool pair = plan.activation == Activation::silu_mul || plan.activation == Activation::gelu_tanh_mul;
-  for (int i = 0; i < count; i += pair ? 2 : 1) {
-    const Block& block = blocks[i];
-    for (int v = 0; v * kLanes < block.width; ++v) {
-      const int left = block.width - v * kLanes < kLanes ? block.width - v * kLanes : kLanes;
-      for (int r = 0; r < rows; ++r) {
-        const float* p = c + r * kStride + i * kBlock + v * kLanes;
-        float* y = plan.y + static_cast<std::size_t>(row + r) * plan.y_stride + block.out + v * kLanes;
-        Vec value = activate(plan.activation, vload(p));
-        if (pair) value = value * vload(p + kBlock);
-        if (left == kLanes) {
-          vstore(y, plan.add ? value + vload(y) : value);
-        } else {
-          vstore(y, plan.add ? value + vload(y, left) : value, left);
-        }
-      }
-    }
+  const bool add = plan.add;
+  switch (plan.activation) {
+    case Activation::none: return add ? finish<Activation::none, true>(plan, blocks, count, row, rows, c)
+                                      : finish<Activation::none, false>(plan, blocks, count, row, rows, c);
+    case Activation::silu_mul: return finish<Activation::silu_mul, false>(plan, blocks, count, row, rows, c);
+    case Activation::gelu_tanh_mul: return finish<Activation::gelu_tanh_mul, false>(plan, blocks, count, row, rows, c);
+    case Activation::gelu_tanh: return finish<Activation::gelu_tanh, false>(plan, blocks, count, row, rows, c);
+    case Activation::gelu: return finish<Activation::gelu, false>(plan, blocks, count, row, rows, c);
   }
 }
 
@@ -864,7 +946,7 @@ void project(const ProjectPlan& plan) {
   const bool stored = plan.dtype == DType::float32 || plan.dtype == DType::bfloat16;
   const int most = plan.rows <= 32 ? kGroup : stored ? 2 : 1;  // measured: 2 beats 1 and 4 by 3 %
   threads.share(0, row_tiles);
-  threads.share(1, plan.num_shrinks);
+  threads.share(1, plan.num_tasks);
   threads.share(2, plan.num_panels * chunks);
   threads.run([&](int worker) {
     std::byte* work = plan.work + worker * plan.work_bytes;
@@ -873,19 +955,10 @@ void project(const ProjectPlan& plan) {
       for (int i; (i = threads.next(0, worker)) >= 0;) input_tile(plan, i);
       threads.barrier();
     }
-    if (plan.num_shrinks) {
+    if (plan.num_tasks) {
       while (const ThreadPool::Run run = threads.take(1, worker, 4))
-        for (int i = run.first; i < run.last; ++i) {
-          const ShrinkTask& task = plan.shrinks[i];
-#if defined(__AMX_BF16__)
-          if (plan.turned && task.use->dtype == DType::bfloat16) {
-            const ShrinkTask* next = i + 1 < plan.num_shrinks ? &task + 1 : nullptr;
-            shrink_tiles(plan, task, next && next->use->dtype == DType::bfloat16 ? next : nullptr, work);
-            continue;
-          }
-#endif
-          shrink_any(plan, task);
-        }
+        for (int i = run.first; i < run.last; ++i)
+          low_rank(plan, plan.tasks[i], i + 1 < plan.num_tasks ? &plan.tasks[i + 1] : nullptr, work);
       threads.barrier();
     }
     while (const ThreadPool::Run run = threads.take(2, worker, most))

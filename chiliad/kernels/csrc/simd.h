@@ -205,18 +205,27 @@ CHILIAD_INLINE Vec vexp(Vec x) {
   return vscale2(p, n);
 }
 
-CHILIAD_INLINE Vec vsilu(Vec x) { return x / (vset(1.0f) + vexp(vset(0.0f) - x)); }
+CHILIAD_INLINE Vec vreciprocal(Vec x) {  // relative error about 1e-7
+#if defined(__AVX512F__)
+  const Vec r = _mm512_rcp14_ps(x);  // division takes 16 cycles
+  return r * _mm512_fnmadd_ps(x, r, vset(2.0f));
+#else
+  return vset(1.0f) / x;
+#endif
+}
+
+CHILIAD_INLINE Vec vsilu(Vec x) { return x * vreciprocal(vset(1.0f) + vexp(vset(0.0f) - x)); }
 
 // x/2 (1 + tanh(u)) = x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
 CHILIAD_INLINE Vec vgelu_tanh(Vec x) {
   const Vec u2 = x * vfma(x * x, vset(2 * 0.7978845608f * 0.044715f), vset(2 * 0.7978845608f));
-  return x / (vset(1.0f) + vexp(vset(0.0f) - u2));
+  return x * vreciprocal(vset(1.0f) + vexp(vset(0.0f) - u2));
 }
 
 // x/2 (1 + erf(x / sqrt 2)), erf by Abramowitz and Stegun 7.1.26 (absolute error 1.5e-7)
 CHILIAD_INLINE Vec vgelu(Vec x) {
   const Vec a = vabs(x) * vset(0.70710678f);
-  const Vec t = vset(1.0f) / vfma(a, vset(0.3275911f), vset(1.0f));
+  const Vec t = vreciprocal(vfma(a, vset(0.3275911f), vset(1.0f)));
   Vec p = vset(1.061405429f);
   p = vfma(p, t, vset(-1.453152027f));
   p = vfma(p, t, vset(1.421413741f));
