@@ -57,6 +57,16 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
     kernels: str = field(default_factory=lambda: environment("CHILIAD_KERNELS", "auto"))
@@ -91,22 +101,13 @@ class ServerConfig:
     max_choices: int = 128  # n times the number of prompts in one request
 
     def __post_init__(self) -> None:
-        if not self.api_keys and not self.loopback:
+        if not self.api_keys and not is_loopback(self.host):
             raise InvalidConfig(
                 f"host {self.host!r} is reachable from other machines and no API key is set: "
                 "give --api-key (or CHILIAD_API_KEY), or bind 127.0.0.1"
             )
         if not all(self.api_keys):
             raise InvalidConfig("an API key may not be empty")
-
-    @property
-    def loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
 
 
 @dataclass(frozen=True, slots=True)

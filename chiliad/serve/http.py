@@ -19,13 +19,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from chiliad.config import is_loopback
 from chiliad.errors import ChiliadError, Forbidden, PayloadTooLarge, Unauthorized
 from chiliad.serve.wire import PING, StreamWriter, error_body
 
 log = logging.getLogger("chiliad.serve")
 
 OPEN_PATHS = {"/health", "/ping", "/version"}
-_LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 T = TypeVar("T")
@@ -141,7 +141,7 @@ class Edge:
 
 def _is_local(url: str) -> bool:
     try:
-        return urlsplit(url).hostname in _LOCAL_HOSTS
+        return is_loopback(urlsplit(url).hostname or "")
     except ValueError:
         return False
 

@@ -197,7 +197,7 @@ class Service:
         Folders that the operator gave with --adapters are never touched.
         """
         uploads = self.config.uploads
-        if uploads is None or Path(adapter.path).parent != uploads:
+        if uploads is None or Path(adapter.path).parent != uploads.resolve():
             return
         if self._reading[adapter.path]:
             self._doomed.add(adapter.path)

@@ -33,5 +33,5 @@ def test_logits_equal_transformers() -> None:
     )
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0]
-    assert (got - expected).abs().max() <= 1e-3  # measured: 4e-5, of logits up to 33
+    assert (got - expected).abs().max() <= 1e-4  # measured: 4e-5, of logits up to 33
     assert tokenizer.decode([int(got[-1].argmax())]) == " Madrid"

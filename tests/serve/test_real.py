@@ -77,6 +77,8 @@ def running(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     registry = Registry(folder / "registry.sqlite", model.info)
     registry.scan(folder / "adapters")
     (folder / "corpus").mkdir()
+    (folder / "disk").mkdir()
+    (folder / "uploads").symlink_to(folder / "disk")  # as on machines where /home is a link
     settings = EngineConfig(memory=200_000_000, dtype="float32", kernel=KernelConfig(threads=1))
     engine = AsyncEngine(lambda sink: Engine(model, kernels, registry, settings, sink))
     config = ServerConfig(
