@@ -38,6 +38,18 @@ CHILIAD_INLINE float vtop(Vec x) {  // the largest lane
 #endif
 }
 
+CHILIAD_INLINE unsigned vreach(Vec x, float limit) {  // bit i: lane i >= limit
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(limit), _CMP_GE_OQ)));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<unsigned>(x[i] >= limit) << i;
+  return bits;
+#endif
+}
+
 // 2^x for x <= 0 with relative error below 2e-7; exactly 1 for 0, exactly 0 for -infinity, NaN
 // for NaN.
 CHILIAD_INLINE Vec vexp2_below(Vec x) {

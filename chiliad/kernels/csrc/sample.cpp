@@ -12,38 +12,48 @@ CHILIAD_TABLES(SampleOps, sample_ops)
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // More likely first, ties by id.
 bool before(const Candidate& a, const Candidate& b) { return a.y > b.y || (a.y == b.y && a.id < b.id); }
 
-double total_weight(const Candidate* at, int count) {
-  double sum = 0;
-  for (int i = 0; i < count; ++i) sum += at[i].weight;
-  return sum;
-}
+struct Crossing {
+  std::int32_t id = -1;  // the token whose weight brings the sum to the target; -1: none does
+  double mass = 0;       // the sum with it
+};
 
-// Of candidates taken in order until their summed weight reaches `target` (exceeds it, if
-// `beyond`): bring them to the front, the last of them last, and return how many; 0 if all of
-// them do not reach it. Halving by nth_element: linear in count.
-int reach(Candidate* at, int count, double target, bool beyond) {
+// Take candidates (by rising id) in order until their summed weight reaches `target`, or exceeds
+// it if `beyond`. No sorting of many: weights are summed by buckets of y, then within one bucket.
+// `room` holds as many candidates again.
+Crossing cross(Candidate* at, int count, double target, bool beyond, Candidate* room) {
+  constexpr int kBuckets = 512, kFew = 48;
   const auto reached = [&](double sum) { return beyond ? sum > target : sum >= target; };
-  double sum = 0;  // weight of [0, low), all of them before [low, high)
-  int low = 0, high = count;
-  while (high - low > 32) {
-    const int middle = low + (high - low) / 2;
-    std::nth_element(at + low, at + middle, at + high, before);
-    const double half = total_weight(at + low, middle - low);
-    if (reached(sum + half)) {
-      high = middle;
-    } else {
-      sum += half;
-      low = middle;
+  double sum = 0;
+  while (count > kFew) {
+    float low = kInfinity, high = -kInfinity;
+    for (int i = 0; i < count; ++i) {
+      low = std::min(low, at[i].y);
+      high = std::max(high, at[i].y);
     }
+    if (low == high) break;  // equals are in order: by id
+    const float scale = (kBuckets - 1) / (high - low);
+    const auto bucket_of = [&](const Candidate& c) { return static_cast<int>((high - c.y) * scale); };
+    double masses[kBuckets] = {};
+    for (int i = 0; i < count; ++i) masses[bucket_of(at[i])] += at[i].weight;
+    int bucket = 0;
+    while (bucket < kBuckets && !reached(sum + masses[bucket])) sum += masses[bucket++];
+    if (bucket == kBuckets) return {-1, sum};
+    int members = 0;
+    for (int i = 0; i < count; ++i)
+      if (bucket_of(at[i]) == bucket) room[members++] = at[i];
+    at = room;
+    count = members;
   }
-  std::sort(at + low, at + high, before);
-  for (int i = low; i < high; ++i)
-    if (reached(sum += at[i].weight)) return i + 1;
-  return 0;
+  if (count <= kFew) std::sort(at, at + count, before);
+  for (int i = 0; i < count; ++i)
+    if (reached(sum += at[i].weight)) return {at[i].id, sum};
+  // a bucket's sum and the sum of its members differ by rounding: its last member
+  return count > 0 && at == room ? Crossing{at[count - 1].id, sum} : Crossing{-1, sum};
 }
 
 struct Touched {  // a logit before it was adjusted
@@ -51,13 +61,14 @@ struct Touched {  // a logit before it was adjusted
   float before;
 };
 
-// The work on one row. `candidates` has room for the vocabulary, `tops` for its chunks, twice;
+// The work on one row. `candidates` has room for the vocabulary and `tops` for its chunks, twice;
 // `counts` [vocab] is all zero before and after.
 class Row {
  public:
   Row(const SampleOps& ops, float* x, int vocab, const SampleRow& row, Candidate* candidates, float* tops,
       std::int32_t* counts, Touched* touched)
-      : ops_(ops), x_(x), vocab_(vocab), row_(row), at_(candidates), tops_(tops), counts_(counts), touched_(touched) {}
+      : ops_(ops), x_(x), vocab_(vocab), row_(row), at_(candidates), room_(candidates + vocab), tops_(tops),
+        counts_(counts), touched_(touched) {}
 
   void run(std::int32_t* token, float* logprob, std::int32_t* top_ids, float* top_logprobs) {
     double log_sum = 0;
@@ -100,13 +111,14 @@ class Row {
   void best(std::int32_t* ids, float* logprobs, float raw_peak, float log_sum) {
     const int k = std::min(row_.logprobs, vocab_);
     if (k == 0) return;
-    const int count = ops_.collect(x_, vocab_, tops_, limit_for(k), at_);
+    const float limit = limit_for(k);
+    const int count = ops_.collect(x_, vocab_, tops_, limit, kNaN, 1.0f, raw_peak, at_);
     for (int i = 0; i < count; ++i) at_[i].y = x_[at_[i].id] - raw_peak - log_sum;
     const int found = std::min(k, count);  // fewer only if the row holds NaN
     std::partial_sort(at_, at_ + found, at_ + count, before);
     for (int i = 0; i < k; ++i) {
       ids[i] = i < found ? at_[i].id : 0;
-      logprobs[i] = i < found ? at_[i].y : std::numeric_limits<float>::quiet_NaN();
+      logprobs[i] = i < found ? at_[i].y : kNaN;
     }
   }
 
@@ -154,70 +166,67 @@ class Row {
     }
   }
 
-  // Candidates with x >= limit, with y and weight; those that may tie with a missing one are dropped.
+  // Candidates with x >= limit; those that may tie with a missing one are left out.
   int gather(float limit) {
-    const float t = row_.temperature, lowest = limit / t, top = peak_ / t;
-    const int found = ops_.collect(x_, vocab_, tops_, limit, at_);
-    int count = 0;
-    for (int i = 0; i < found; ++i) {
-      const std::int32_t id = at_[i].id;
-      const float y = x_[id] / t;
-      if (y > lowest) at_[count++] = {y, id, std::exp(static_cast<double>(y) - top)};
-    }
-    return count;
+    const float t = row_.temperature;
+    return ops_.collect(x_, vocab_, tops_, limit, limit / t, t, peak_ / t, at_);
   }
 
+  // Top-k, top-p and min-p each keep the first so many tokens in order, so that the least of their
+  // masses is that of what all of them keep.
   std::int32_t draw() {
-    const double top_p = row_.top_p, min_p = row_.min_p;
     const bool nucleus = row_.top_p < 1, floor = row_.min_p > 0;
+    int count;
+    double mass = 0;  // of what may be drawn
     if (row_.top_k > 0 && row_.top_k < vocab_) {
-      int count = gather(limit_for(row_.top_k));
+      count = gather(limit_for(row_.top_k));
       if (count > row_.top_k) {
         std::nth_element(at_, at_ + row_.top_k, at_ + count, before);
         count = row_.top_k;
+        std::sort(at_, at_ + count, [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
       }
-      return choose(count, total_weight(at_, count), nucleus ? top_p : 1.0, floor ? min_p : 0.0);
+      for (int i = 0; i < count; ++i) mass += at_[i].weight;
+    } else {
+      count = gather_mass(nucleus, floor, &mass);
     }
-    // Weight of the whole row; with min_p alone only what it keeps counts.
-    const double total = nucleus || !floor ? ops_.mass(x_, vocab_, peak_, 1.0f / row_.temperature) : 0;
-    const double wanted = (nucleus ? top_p : row_.uniform) * total * (1 + 1e-6);
-    const double last = floor ? -std::log(min_p) + 1e-3 : kInfinity;  // nats below the top that can matter
-    for (double depth = floor && !nucleus ? last : 4;; depth *= 2) {
-      const bool all = depth >= last || depth > 100;
-      if (all) depth = last;
-      const int count = gather(static_cast<float>(peak_ - depth * row_.temperature));
-      const double have = total_weight(at_, count);
-      if (!all && have <= wanted) continue;
-      if (floor && !nucleus) return choose(count, have, 1.0, min_p);
-      return choose(count, total, nucleus ? top_p : 1.0, floor ? min_p : 0.0);
+    if (nucleus) mass = cross(at_, count, row_.top_p * mass, false, room_).mass;
+    if (floor) {
+      double kept = 0;
+      for (int i = 0; i < count; ++i)
+        if (at_[i].weight >= row_.min_p) kept += at_[i].weight;
+      if (kept > 0) mass = nucleus ? std::min(mass, kept) : kept;
     }
+    const Crossing drawn = cross(at_, count, row_.uniform * mass, true, room_);
+    if (drawn.id >= 0) return drawn.id;
+    // rounding left the draw beyond the sum: the least likely token that is possible at all
+    const Candidate* least = nullptr;
+    for (int i = 0; i < count; ++i)
+      if (at_[i].weight > 0 && (least == nullptr || before(*least, at_[i]))) least = at_ + i;
+    return least == nullptr ? argmax() : least->id;
   }
 
-  // Top-p of `total`, then min-p, then the draw, over `count` candidates in any order.
-  std::int32_t choose(int count, double total, double top_p, double min_p) {
-    if (top_p < 1) {
-      if (const int kept = reach(at_, count, top_p * total, false)) count = kept;
-      total = 0;  // of what is kept
+  // Without top-k: enough of the most likely tokens to decide, and the mass of the whole row (with
+  // min-p alone, which keeps few, that is not needed).
+  int gather_mass(bool nucleus, bool floor, double* mass) {
+    const float t = row_.temperature;
+    const double last = floor ? -std::log(static_cast<double>(row_.min_p)) + 1e-3 : kInfinity;
+    if (floor && !nucleus) return gather(static_cast<float>(peak_ - last * t));
+    *mass = ops_.mass(x_, vocab_, peak_, 1.0f / t);
+    const double wanted = (nucleus ? row_.top_p : row_.uniform) * *mass * (1 + 1e-6);
+    for (double depth = 4;; depth *= 1.5) {  // nats below the top
+      const bool all = depth >= last || depth > 100;
+      const int count = gather(static_cast<float>(peak_ - (all ? last : depth) * t));
+      double have = 0;
+      for (int i = 0; i < count; ++i) have += at_[i].weight;
+      if (all || have > wanted) return count;
     }
-    if (min_p > 0) {
-      count = static_cast<int>(std::partition(at_, at_ + count, [&](const Candidate& c) { return c.weight >= min_p; }) - at_);
-      total = 0;
-    }
-    if (total == 0) total = total_weight(at_, count);
-    if (count == 0) return argmax();  // a floor above 1
-    if (const int last = reach(at_, count, row_.uniform * total, true)) return at_[last - 1].id;
-    // rounding left the draw beyond the sum: the least likely token that is possible at all
-    const Candidate* least = at_;
-    for (int i = 1; i < count; ++i)
-      if (at_[i].weight > 0 && before(*least, at_[i])) least = at_ + i;
-    return least->id;
   }
 
   const SampleOps& ops_;
   float* x_;
   const int vocab_;
   const SampleRow& row_;
-  Candidate* at_;
+  Candidate *at_, *room_;
   float* tops_;
   std::int32_t* counts_;
   float peak_ = 0;
@@ -243,7 +252,7 @@ void sample(Kernels& kernels, float* logits, int vocab, const std::vector<Sample
   const std::size_t chunks = (static_cast<std::size_t>(vocab) + kChunk - 1) / kChunk;
   std::int64_t most = vocab;  // touched logits: each id once, and again where biased or banned
   for (const SampleRow& row : rows) most = std::max(most, vocab + row.bias_ids.count + row.banned.count);
-  const std::size_t touched_at = vocab * sizeof(Candidate), tops_at = touched_at + most * sizeof(Touched);
+  const std::size_t touched_at = 2 * vocab * sizeof(Candidate), tops_at = touched_at + most * sizeof(Touched);
   const std::size_t each = (tops_at + 2 * chunks * sizeof(float) + 63) / 64 * 64;
   std::byte* scratch = kernels.scratch(kSampleScratch, each * threads.size());
   std::byte* counts = kernels.scratch(kCountScratch, sizeof(std::int32_t) * vocab * threads.size());

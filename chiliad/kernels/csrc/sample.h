@@ -10,8 +10,8 @@ namespace chiliad {
 
 struct Candidate {
   float y;  // logit / temperature
+  float weight;  // exp(y - largest y)
   std::int32_t id;
-  double weight;  // exp(y - largest y)
 };
 
 constexpr int kChunk = 128;  // tokens whose largest logit is kept, to skip chunks without candidates
@@ -22,8 +22,10 @@ struct SampleOps {
   float (*peak)(const float* x, int n, float* tops, bool* nan);
   // sum of exp((x - peak) * rate)
   double (*mass)(const float* x, int n, float peak, float rate);
-  // Write the id of every x >= limit in rising order; returns how many.
-  int (*collect)(const float* x, int n, const float* tops, float limit, Candidate* to);
+  // Every x >= limit whose y = x / temperature is not <= lowest, by rising id; returns how many.
+  // top: the largest y.
+  int (*collect)(const float* x, int n, const float* tops, float limit, float lowest, float temperature, float top,
+                 Candidate* to);
 };
 
 struct Ids {

@@ -44,14 +44,26 @@ double mass(const float* x, int n, float peak, float rate) {
   return total;
 }
 
-int collect(const float* x, int n, const float* tops, float limit, Candidate* to) {
+int collect(const float* x, int n, const float* tops, float limit, float lowest, float temperature, float top,
+            Candidate* to) {
   int count = 0;
   for (int begin = 0; begin < n; begin += kChunk) {
     if (tops[begin / kChunk] < limit) continue;
     const int end = begin + kChunk < n ? begin + kChunk : n;
-    for (int i = begin; i < end; ++i) {
-      to[count].id = i;
-      count += x[i] >= limit;
+    for (int i = begin; i < end; i += kLanes) {
+      const int lanes = end - i < kLanes ? end - i : kLanes;
+      const Vec logit = lanes == kLanes ? vload(x + i) : vload(x + i, lanes);
+      unsigned left = vreach(logit, limit) & ((1u << lanes) - 1);
+      if (left == 0) continue;
+      const Vec scaled = logit / vset(temperature);
+      float y[kLanes], weight[kLanes];
+      vstore(y, scaled);
+      vstore(weight, vexp2_below((scaled - vset(top)) * vset(1.44269504f)));
+      for (; left != 0; left &= left - 1) {
+        const int j = __builtin_ctz(left);
+        to[count] = {y[j], weight[j], i + j};
+        count += !(y[j] <= lowest);
+      }
     }
   }
   return count;
