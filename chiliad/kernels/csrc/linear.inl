@@ -548,23 +548,31 @@ CHILIAD_INLINE void unpack_pair(DType dtype, const std::byte* panel, int step, s
 
 // ---- phase 2: panels ----
 
-// c[R][32] = a[R][K] * panel; float32. Rows of c are kStride apart. One accumulator per output.
+// c[R][32] = a[R][K] * panel; float32. Rows of c are kStride apart. Each output is a sum of sums over
+// kSum neighbours of k: fixed boundaries keep rows independent, short sums keep the rounding error
+// of a long dot product near that of a pairwise one.
 template <int R>
 void gemm_f32(const float* a, std::size_t lda, const float* b, int k_count, float* c) {
-  constexpr int V = 2 * kVecs;
-  Vec sum[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = vset(0.0f);
-  for (int k = 0; k < k_count; ++k, b += kPanel) {
-    Vec row[R];
-    for (int r = 0; r < R; ++r) row[r] = vset(a[r * lda + k]);
-    for (int v = 0; v < V; ++v) {
-      const Vec w = vload(b + v * kLanes);
-      for (int r = 0; r < R; ++r) sum[r][v] = vfma(row[r], w, sum[r][v]);
+  constexpr int V = 2 * kVecs, kSum = 64;
+  for (int first = 0; first < k_count; first += kSum) {
+    const int stop = first + kSum < k_count ? first + kSum : k_count;
+    Vec sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sum[r][v] = vset(0.0f);
+    for (int k = first; k < stop; ++k, b += kPanel) {
+      Vec row[R];
+      for (int r = 0; r < R; ++r) row[r] = vset(a[r * lda + k]);
+      for (int v = 0; v < V; ++v) {
+        const Vec w = vload(b + v * kLanes);
+        for (int r = 0; r < R; ++r) sum[r][v] = vfma(row[r], w, sum[r][v]);
+      }
     }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* to = c + r * kStride + v * kLanes;
+        vstore(to, first ? vload(to) + sum[r][v] : sum[r][v]);
+      }
   }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) vstore(c + r * kStride + v * kLanes, sum[r][v]);
 }
 
 // The same for bfloat16 weights in pairs of k.
