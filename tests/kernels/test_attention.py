@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiliad.errors import KernelError
-from chiliad.kernels.base import Kernels, Step
+from chiliad.kernels.base import Kernels, KVLayout, Step
 from chiliad.kernels.cases import seed_of
 from chiliad.kernels.cases_attention import PagedKV, kv_layout
 from chiliad.kernels.reference import ReferenceKernels
@@ -223,6 +223,7 @@ def test_refusals() -> None:
         ({"page_tables": [np.full((2, 1), 99, np.int32)]}, "page 99"),
         ({"page_tables": [np.full((2, 1), -1, np.int32)]}, "page -1"),
         ({"page_tables": [kv.tables[0][:1]]}, "do not fit"),
+        ({"page_tables": [np.zeros((2, 2), np.int32)]}, "one column per layer"),
         ({"context": np.array([19], np.int32)}, "do not fit"),
         ({"context": np.array([33], np.int32)}, "do not fit"),
     ):
@@ -236,3 +237,10 @@ def test_refusals() -> None:
         ):
             with pytest.raises(KernelError, match=match):
                 call()
+    for table in (kv.tables[0].astype(np.int64), np.repeat(kv.tables[0], 2, 0)[::2], np.zeros(2, np.int32)):
+        broken.page_tables = [table]  # would have to be copied, and the copy kept
+        with pytest.raises(KernelError, match="bad step"):
+            kernels.prepare_step(broken)
+    odd = KVLayout(1, 1, 15, 16, torch.bfloat16, 1024)
+    with pytest.raises(KernelError, match="even head_dim"):
+        kernels.bind_arena(torch.zeros(1 << 16, dtype=torch.uint8), odd)

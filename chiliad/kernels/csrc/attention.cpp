@@ -19,7 +19,7 @@ void check(const Kernels& kernels, const Step& step, int layer, int num_heads) {
   if (arena.data == nullptr) throw KernelError("bind_arena comes before attention");
   if (layer < 0 || layer >= arena.num_layers) throw KernelError("layer " + std::to_string(layer) + " is not in the KV layout");
   if (num_heads <= 0 || num_heads % arena.num_kv_heads) throw KernelError("num_heads must be a multiple of num_kv_heads");
-  if (arena.kv_dtype == DType::bfloat16 && arena.head_dim % 2) throw KernelError("bfloat16 KV needs an even head_dim");
+  if (step.num_sequences > 0 && step.num_layers != arena.num_layers) throw KernelError("page tables need one column per layer");
   const std::int64_t num_pages = arena.bytes / arena.page_bytes;
   for (int i = 0; i < step.num_sequences; ++i) {
     const int rows = step.row_start[i + 1] - step.row_start[i], context = step.context[i];

@@ -60,7 +60,7 @@ struct Segment {
 
 // One step. The arrays belong to the Python step, which outlives this.
 struct Step {
-  int num_tokens = 0, num_sequences = 0;
+  int num_tokens = 0, num_sequences = 0, num_layers = 0;
   const std::int32_t* positions = nullptr;  // [num_tokens]
   const std::int32_t* row_start = nullptr;  // [num_sequences + 1]
   const std::int32_t* context = nullptr;    // [num_sequences]

@@ -34,6 +34,7 @@ void bind_arena(Kernels& kernels, std::uintptr_t data, std::int64_t bytes, int n
   if (data % 64) refuse("the arena must be 64-byte aligned");
   const DType kv = dtype_of(dtype);
   if (kv != DType::float32 && kv != DType::bfloat16) refuse("KV dtype must be float32 or bfloat16");
+  if (kv == DType::bfloat16 && head_dim % 2) refuse("a bfloat16 KV cache needs an even head_dim: use float32");
   if (block_tokens <= 0 || block_tokens % 16) refuse("block_tokens must be a multiple of 16");
   if (page_bytes % 64 || page_bytes < std::int64_t{2} * num_kv_heads * head_dim * block_tokens * item_bytes(kv))
     refuse("page_bytes must be a multiple of 64 that holds K and V of one block");
@@ -86,7 +87,9 @@ void step_init(StepHandle* self, int num_tokens, Int32s positions, Int32s row_st
   step.context = context.data();
   if (row_start(0) != 0 || row_start(step.num_sequences) != num_tokens) refuse("row_start must run from 0 to num_tokens");
   for (nb::handle item : page_tables) {
-    const Table table = nb::cast<Table>(item);
+    const Table table = nb::cast<Table>(item, false);  // no copy: only `item` is kept
+    if (step.page_tables.empty()) step.num_layers = static_cast<int>(table.shape(1));
+    if (static_cast<int>(table.shape(1)) != step.num_layers) refuse("page tables need one column per layer");
     step.page_tables.push_back(table.data());
     step.num_blocks.push_back(static_cast<int>(table.shape(0)));
     step.kept.push_back(nb::borrow(item));
