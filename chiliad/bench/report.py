@@ -270,17 +270,20 @@ def plot(outcomes: Sequence[Outcome], result: dict[str, Any], path: Path, title:
     if failed:
         waits = [o.ended - o.sent for o in failed]
         latency.plot([o.sent for o in failed], waits, "x", markersize=4, label="refused or failed")
-    latency.axhline(slo, color="grey", linestyle=":")
+    if any((o.first or 0.0) > slo / 3 for o in done):
+        latency.axhline(slo, color="grey", linestyle=":")
     latency.set(xlabel="sent (s)", ylabel="time to first token (s)")
 
     edges = np.linspace(0, end, 61)
     times = [t for o in outcomes for t in o.times]
     counts = [n for o in outcomes for n in o.counts]
     tokens = np.histogram(times, edges, weights=counts)[0] / (edges[1] - edges[0])
-    load.stairs(tokens, edges, label="output tokens/s")
-    flight = [sum(o.sent <= t < o.ended for o in outcomes) for t in edges]
-    load.plot(edges, flight, label="requests in flight")
-    load.set(xlabel="seconds", ylim=(0, None))
+    load.stairs(tokens, edges)
+    load.set(xlabel="seconds", ylabel="output tokens/s", ylim=(0, None))
+    flight = load.twinx()
+    flight.plot(edges, [sum(o.sent <= t < o.ended for o in outcomes) for t in edges], color="C1")
+    flight.set(ylabel="requests in flight", ylim=(0, None))
+    flight.yaxis.label.set_color("C1")
 
     tenants = len({o.item.tenant for o in outcomes}) > 1
     totals: Counter[Any] = Counter()
@@ -288,6 +291,6 @@ def plot(outcomes: Sequence[Outcome], result: dict[str, Any], path: Path, title:
         totals[o.item.tenant if tenants else o.item.adapter] += o.output_tokens
     shares.plot(np.arange(1, len(totals) + 1), sorted(totals.values(), reverse=True), ".-", markersize=3)
     shares.set(xlabel=f"{'tenant' if tenants else 'adapter'}, busiest first", ylabel="output tokens")
-    for axes in (cdf, latency, load):
+    for axes in (cdf, latency):
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
