@@ -47,6 +47,13 @@ def home(roots: Sequence[Path] = ()) -> Path:
     return top / hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
 
 
+def _count(name: str) -> int:
+    text = environment(name, "0")
+    if not text.isdecimal():
+        raise InvalidConfig(f"{name}={text!r} is not a number of threads: write 0, 1, 2, ...", param=name)
+    return int(text)
+
+
 def parse_bytes(text: str | int) -> int:
     """ "2GB", "512MiB", "1.5G" or a plain number -> bytes."""
     if isinstance(text, int):
@@ -71,7 +78,7 @@ def is_loopback(host: str) -> bool:
 class KernelConfig:
     kernels: str = field(default_factory=lambda: environment("CHILIAD_KERNELS", "auto"))
     isa: str = field(default_factory=lambda: environment("CHILIAD_ISA", "auto"))
-    threads: int = field(default_factory=lambda: int(environment("CHILIAD_THREADS", "0")))
+    threads: int = field(default_factory=lambda: _count("CHILIAD_THREADS"))
 
 
 @dataclass(frozen=True, slots=True)

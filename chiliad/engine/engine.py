@@ -262,7 +262,11 @@ class Engine:
                 choice.prompt_logprobs[work.start + 1 :] = scored
         sampled = (work.sequence for work in plan.work if work.sample)
         for sequence, token, logprob in zip(sampled, out.tokens, out.logprobs, strict=True):
-            self._push(sequence, token, logprob)
+            try:
+                self._push(sequence, token, logprob)
+            except Exception as error:  # one request's text must not end the others
+                log.exception("request %s failed", sequence.request.id)
+                self._fail(sequence.request.id, _internal(error))
 
     def _push(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
         live = self._live[sequence.request.id]
@@ -403,4 +407,5 @@ class Engine:
 
 
 def _internal(error: Exception) -> ChiliadError:
-    return ChiliadError(f"internal error: {type(error).__name__}: {error}")
+    """What a client hears of our own bug; the log has the rest."""
+    return ChiliadError(f"internal error ({type(error).__name__}): the server's log has the details")

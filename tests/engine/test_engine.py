@@ -270,7 +270,7 @@ def test_a_failing_step_spares_later_ones(make_llm: MakeLLM, monkeypatch: pytest
         raise FloatingPointError("boom")
 
     monkeypatch.setattr(runner, "run", explode)
-    with pytest.raises(Exception, match="boom"):
+    with pytest.raises(Exception, match="internal error"):
         llm.generate([5, 6], GREEDY)
     assert solo(llm, [5, 6], None)
 
@@ -377,3 +377,24 @@ async def test_every_request_hears_of_a_dead_engine(make_llm: MakeLLM) -> None:
     with pytest.raises(Unavailable, match="boom"):
         await anext(door.generate(Request("late", (5, 6), GREEDY)))
     await door.stop()
+
+
+def test_a_failing_choice_spares_its_neighbours(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    expected = solo(llm, [5, 6], None)
+    driver = Driver(llm)
+    driver.submit("bad", [5, 6], None, GREEDY)
+    driver.submit("good", [5, 6], None, GREEDY)
+    driver.step()
+
+    def explode(*_: object) -> None:
+        raise FloatingPointError("boom")
+
+    llm.engine._live["bad"].choices[0].push = explode  # type: ignore[method-assign, assignment]
+    for _ in range(200):
+        driver.step()
+        if llm.engine.idle:
+            break
+    assert isinstance(driver.ended["bad"], Failed)
+    assert isinstance(driver.ended["good"], Finished)
+    assert driver.tokens["good"] == expected
