@@ -71,7 +71,7 @@ def test_a_shared_head_changes_no_loss_and_no_gradient(script: ModuleType, tmp_p
     plain = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[begin:]))
     torch.testing.assert_close(script.answer_loss(model, script.pack(rows[:1])), plain)
     torch.testing.assert_close(together, alone)
-    torch.testing.assert_close(gradient(together), gradient(alone), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient(together), gradient(alone), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("script", ["evaluate"], indirect=True)
