@@ -1,6 +1,6 @@
 """Draw the result of `run.py`: one panel per case, a bar per system, the floor as a line.
 
-    python benchmarks/peers/plot.py benchmarks/peers/result.json
+python benchmarks/peers/plot.py benchmarks/peers/result.json
 """
 
 from __future__ import annotations
@@ -32,10 +32,18 @@ def draw(result: dict[str, Any], path: Path) -> None:
         top = max([*rates.values(), case.get("floor", {}).get("rate", 0)])
         axis.barh(list(rates), list(rates.values()), color=colours)
         for i, rate in enumerate(rates.values()):
-            axis.text(rate + 0.015 * top, i, f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}", va="center", fontsize=8)
+            axis.text(
+                rate + 0.015 * top,
+                i,
+                f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}",
+                va="center",
+                fontsize=8,
+            )
         if "floor" in case:
             axis.axvline(case["floor"]["rate"], color="black", linewidth=1, linestyle=":")
-            axis.set_xlabel(f"tokens/s (dotted: what bfloat16 allows, {case['floor']['rate']:,.0f})", fontsize=8)
+            axis.set_xlabel(
+                f"tokens/s (dotted: what bfloat16 allows, {case['floor']['rate']:,.0f})", fontsize=8
+            )
         axis.set_xlim(0, 1.18 * top)
         axis.set_title(f"{name}: {case['rows']} x {case['prompt']} in, {case['output']} out", fontsize=9)
         axis.tick_params(labelsize=8)

@@ -105,7 +105,9 @@ class Worker:
     rss_mb: int = 0
 
     @staticmethod
-    def start(key: str, python: str, script: str, options: dict[str, Any], env: dict[str, str], log: Path) -> Worker:
+    def start(
+        key: str, python: str, script: str, options: dict[str, Any], env: dict[str, str], log: Path
+    ) -> Worker:
         process = subprocess.Popen(
             [python, str(HERE / script), json.dumps(options)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
@@ -152,7 +154,9 @@ class Worker:
             os.killpg(self.process.pid, number)
 
 
-def commands(args: argparse.Namespace, work: Path) -> dict[str, tuple[str, str, dict[str, Any], dict[str, str]]]:
+def commands(
+    args: argparse.Namespace, work: Path
+) -> dict[str, tuple[str, str, dict[str, Any], dict[str, str]]]:
     """Process key -> (python, script, options, environment) of everything that can be started."""
     from chiliad.models.packages import locate
 
@@ -176,7 +180,12 @@ def commands(args: argparse.Namespace, work: Path) -> dict[str, tuple[str, str, 
         ):  # fmt: skip
             if args.vllm_batched_tokens:
                 engine = engine | {"max_num_batched_tokens": args.vllm_batched_tokens}
-            made[key] = (args.vllm_python, "run_vllm.py", folder | {"engine": engine}, vllm_environment(args, work))
+            made[key] = (
+                args.vllm_python,
+                "run_vllm.py",
+                folder | {"engine": engine},
+                vllm_environment(args, work),
+            )
     return made
 
 
@@ -257,13 +266,18 @@ def measure(
             job = {"prompts": prompts(case, length, 0), "adapters": case.names(), "max_tokens": 2}
             began = time.perf_counter()
             firsts[run.system] = [row[0] for row in workers[run.process].ask(job)["tokens"]]
-            print(f"warm-up {case.name:13} {run.system:15} {time.perf_counter() - began:7.1f} s", file=sys.stderr)
+            print(
+                f"warm-up {case.name:13} {run.system:15} {time.perf_counter() - began:7.1f} s",
+                file=sys.stderr,
+            )
         ours = firsts.get("chiliad", [])
         agreement[case.name] = {
             system: round(sum(a == b for a, b in zip(ours, theirs, strict=True)) / len(ours), 3)
             for system, theirs in firsts.items() if ours and system != "chiliad"
         }  # fmt: skip
-    answers: dict[str, dict[str, list[dict[str, Any]]]] = {c.name: {r.system: [] for r in c.runs} for c in cases}
+    answers: dict[str, dict[str, list[dict[str, Any]]]] = {
+        c.name: {r.system: [] for r in c.runs} for c in cases
+    }
     ceilings = []
     for round_ in range(1, rounds + 1):
         if "chiliad" in workers:
@@ -281,7 +295,10 @@ def measure(
                 answers[case.name][run.system].append(answer)
                 rate = case.rows * (case.prompt if case.prefill else case.output) / answer["full_seconds"]
                 took = answer["seconds"]
-                print(f"round {round_} {case.name:13} {run.system:15} {rate:9.1f} tok/s {took:7.1f} s", file=sys.stderr)
+                print(
+                    f"round {round_} {case.name:13} {run.system:15} {rate:9.1f} tok/s {took:7.1f} s",
+                    file=sys.stderr,
+                )
     return answers, ceilings, agreement
 
 
@@ -418,12 +435,16 @@ def main() -> None:
     parser.add_argument("--llama-python", default=env("LLAMA_PYTHON"), help="python with llama-cpp-python")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help=f"one round of {', '.join(QUICK)}")
-    parser.add_argument("--full", action="store_true", help="no smaller jobs for slow systems (takes over an hour)")
+    parser.add_argument(
+        "--full", action="store_true", help="no smaller jobs for slow systems (takes over an hour)"
+    )
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
     parser.add_argument("--systems", nargs="+", help="only these, as in the output")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vllm-mode", choices=("inline", "processes"), default="inline")
-    parser.add_argument("--vllm-batched-tokens", type=int, help="max_num_batched_tokens instead of its default")
+    parser.add_argument(
+        "--vllm-batched-tokens", type=int, help="max_num_batched_tokens instead of its default"
+    )
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "peers", help="model, adapters, logs")
     parser.add_argument("--out", type=Path, default=HERE / "result.json", help="and a .png beside it")
     args = parser.parse_args()
@@ -455,7 +476,9 @@ def main() -> None:
         for worker in workers.values():
             worker.stop()
 
-    ceilings = {key: statistics.median(each[key] for each in measured) for key in ("read", "multiply") if measured}
+    ceilings = {
+        key: statistics.median(each[key] for each in measured) for key in ("read", "multiply") if measured
+    }
     model = Model.read(work / "model")
     result = {
         "command": "python benchmarks/peers/run.py " + " ".join(shown_arguments()),

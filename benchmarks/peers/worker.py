@@ -47,7 +47,8 @@ def serve(load: Callable[[dict[str, Any]], System]) -> None:
         tokens, first = system.run(job["prompts"], job["adapters"], job["max_tokens"])
         seconds = time.perf_counter() - began
         wrong = [len(row) for row in tokens if len(row) != job["max_tokens"]]
-        assert len(tokens) == len(job["prompts"]) and not wrong, f"asked {job['max_tokens']} tokens, got {wrong}"
+        assert len(tokens) == len(job["prompts"])
+        assert not wrong, f"asked {job['max_tokens']} tokens, got {wrong}"
         answer = {
             "seconds": seconds,
             "first": None if first is None else first - began,
