@@ -17,7 +17,7 @@ from engine_harness import ADAPTERS, MakeLLM
 
 from chiliad import LLM, SamplingParams
 from chiliad.config import SchedulerConfig
-from chiliad.core import AdapterUse, BaseInfo, Chunk, Event, Failed, Finished, Request
+from chiliad.core import AdapterUse, AdapterVersion, BaseInfo, Chunk, Event, Failed, Finished, Request
 from chiliad.engine.engine import WORKSPACE
 from chiliad.engine.stream import AsyncEngine
 from chiliad.errors import ContextLengthExceeded, InvalidConfig, InvalidRequest, ModelNotFound, Unavailable
@@ -110,7 +110,7 @@ def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: 
     )
     driver = Driver(llm)
     waiting = list(range(64))
-    replaced = 0
+    replaced, changed = 0, False
     for turn in range(4000):
         if waiting and rng.random() < 0.3:
             i = waiting.pop(0)
@@ -126,6 +126,15 @@ def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: 
                 llm.engine.remove_adapter("changing")
             replaced += 1
         driver.step()
+        if not waiting and not changed:  # names that requests are using at this moment
+            changed = True
+            busy = {names[i] for i in range(64) if f"r{i}" not in driver.ended and names[i]}
+            assert len(busy) >= 4
+            for i, name in enumerate(sorted(busy)):
+                if i % 2:
+                    llm.engine.remove_adapter(name)
+                else:
+                    llm.engine.add_adapter(folder / "extra-20", name, replace=True)
         if not waiting and llm.engine.idle:
             break
     assert llm.engine.idle
@@ -398,3 +407,36 @@ def test_a_failing_choice_spares_its_neighbours(make_llm: MakeLLM) -> None:
     assert isinstance(driver.ended["bad"], Failed)
     assert isinstance(driver.ended["good"], Finished)
     assert driver.tokens["good"] == expected
+
+
+def test_a_removed_adapter_leaves_the_pool_whoever_still_asks_for_it(
+    make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo
+) -> None:
+    """Requests that resolved it before run to their end, load it again if need be, and that is all."""
+    llm = make_llm(adapters=None)
+    engine = llm.engine
+    driver = Driver(llm)
+    short = SamplingParams(max_tokens=2, ignore_eos=True)
+    prompt = tuple(prompts(1)[0])
+
+    def ask(name: str, version: AdapterVersion) -> str:
+        driver.tokens[name] = []
+        engine.submit(Request(name, prompt, short, (AdapterUse(version),)))
+        while name not in driver.ended:
+            driver.step()
+        assert len(driver.tokens[name]) == 2
+        return engine.store.state(version)
+
+    folder = write_random_adapter(tmp_path / "one", tiny_base, 4, seed=1)
+    one, twin = engine.add_adapter(folder, "one"), engine.add_adapter(folder, "twin")  # they share their rows
+    engine.remove_adapter("one")
+    assert ask("kept", twin) == "resident"
+    engine.remove_adapter("twin")
+    engine.step()
+    assert engine.store.state(twin) == "absent"
+    for late in ("late", "later"):
+        assert ask(late, one) == "absent"
+    assert engine.pool.usage()["adapter"] == 0
+    with pytest.raises(ModelNotFound):
+        engine.pin_adapter(one)
+    assert ask("welcome", engine.add_adapter(folder, "again")) == "resident"
