@@ -162,8 +162,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) ->
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
-        with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        with contextlib.suppress(OSError), contextlib.closing(connection):
             connection.request("GET", "/health")
             if connection.getresponse().status == 200:
                 return
@@ -272,8 +272,8 @@ def _side_by_side(client: Client) -> None:
 
 def _throughput(client: Client, names: Sequence[str], requests: int, tokens: int) -> None:
     base = "SmolLM2-135M-Instruct"
-    spread = [names[i * len(names) // requests] for i in range(requests - len(TRAINED))]
-    mixed = [*TRAINED, *spread][:requests]
+    others = max(0, requests - len(TRAINED))
+    mixed = [*TRAINED, *(names[i * len(names) // others] for i in range(others))][:requests]
 
     def timed(what: str, models: Sequence[str]) -> float:
         _say(f"timing    {what}: {requests} requests, {tokens} tokens each")
