@@ -2,11 +2,11 @@
 
     python examples/evaluate.py --data DATA [--engine chiliad|peft] [--limit 1000] [--out FILE.json]
 
-Greedy, one user message per request. Intents: share of answers that equal the label. The base is
-asked twice: with the bare message, as the adapter is, and with a system message that lists every
-label, where any answer that contains the right label and no other one counts as right (the
-generous reading). E2E NLG: ROUGE-L F1 and BLEU-4 against all references, and perplexity of the
-references; the base's second prompt says what to do.
+Greedy, one user message per request. The base is asked twice: with the bare message, as the
+adapter is, and helped by a system message that says what to do (and lists every label) with five
+solved training examples as earlier turns. Intents: share of answers that equal the label; beside
+it a generous reading, where any answer that contains the right label and no other one counts.
+E2E NLG: ROUGE-L F1 and BLEU-4 against all references, and perplexity of the references.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tasks import BASE, TASKS, Example, Task
+from tasks import BASE, TASKS, Task
 
 Messages = list[dict[str, str]]
 
@@ -187,18 +187,20 @@ def names_only(answer: str, label: str, labels: Sequence[str]) -> bool:
 # -- the comparison ----------------------------------------------------------------------
 
 
-def compare(task: Task, test: list[Example], limit: int, backend: Backend) -> dict[str, Any]:
+def compare(task: Task, data: Path, limit: int, backend: Backend) -> dict[str, Any]:
+    test = task.test(data)
+    labels = sorted({example.answers[0] for example in test})
+    solved = random.Random(3).sample(task.train(data), 5)
     sample = test if limit >= len(test) else random.Random(0).sample(test, limit)
     bare = [[{"role": "user", "content": example.prompt}] for example in sample]
-    told = [task.helpful_prompt(example.prompt, test) for example in sample]
-    rows = {"base": (bare, None), "base, told what to do": (told, None), "adapter": (bare, task.name)}
+    helped = [task.helped(example.prompt, solved, labels) for example in sample]
+    rows = {"base": (bare, None), "base, helped": (helped, None), "adapter": (bare, task.name)}
     result: dict[str, Any] = {"title": task.title, "examples": len(sample), "scores": {}, "shown": []}
     shown: list[dict[str, str]] = [{"prompt": example.prompt} for example in sample[:5]]
     for row, (chats, adapter) in rows.items():
         began = time.perf_counter()
         answers = backend.answers(chats, adapter, task.max_new_tokens)
         if task.kind == "intent":
-            labels = sorted({example.answers[0] for example in test})
             pairs = list(zip(answers, (example.answers[0] for example in sample), strict=True))
             scores = {
                 "accuracy": sum(answer.strip() == label for answer, label in pairs) / len(pairs),
@@ -218,7 +220,7 @@ def compare(task: Task, test: list[Example], limit: int, backend: Backend) -> di
         for entry, answer in zip(shown, answers, strict=False):
             entry[row] = answer.strip()[:200]
         print(
-            f"{task.name:10} {row:22} {result['scores'][row]}  {time.perf_counter() - began:.0f} s",
+            f"{task.name:10} {row:12} {result['scores'][row]}  {time.perf_counter() - began:.0f} s",
             flush=True,
         )
     for entry, example in zip(shown, sample, strict=False):
@@ -267,6 +269,8 @@ Trained by `examples/train_adapters.py` on `{made["data"]}` ({made["licence"]}):
 
 {chr(10).join(table)}
 
+"Helped": a system message with the instruction and five solved examples as earlier turns.
+
 > {example["prompt"]}
 >
 > base: {" ".join(example["base"].split())}
@@ -301,12 +305,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.add_argument("--cards", action="store_true", help="rewrite each adapter's README.md")
     args = parser.parse_args()
-    tests = {name: TASKS[name].test(args.data) for name in args.task or TASKS}
     backend = (Chiliad if args.engine == "chiliad" else Peft)(args.adapters, args.dtype)
     report: dict[str, Any] = {
         "command": " ".join(["python", "examples/evaluate.py", "--data DATA", *_flags(args)]),
         "engine": backend.name,
-        "tasks": {name: compare(TASKS[name], test, args.limit, backend) for name, test in tests.items()},
+        "tasks": {name: compare(TASKS[name], args.data, args.limit, backend) for name in args.task or TASKS},
     }
     if args.cards:
         for name, result in report["tasks"].items():

@@ -48,20 +48,21 @@ class Task:
     learning_rate: float
     max_new_tokens: int
 
-    def helpful_prompt(self, prompt: str, examples: list[Example]) -> list[dict[str, str]]:
-        """Messages that tell a model without the adapter all it needs to know (the fair baseline)."""
+    def helped(self, prompt: str, solved: list[Example], labels: list[str]) -> list[dict[str, str]]:
+        """Messages that tell and show a model without the adapter what to do (the fair baseline).
+
+        solved: training examples given as earlier turns. labels: every label (intents only).
+        """
         if self.kind == "intent":
-            labels = ", ".join(sorted({answer for example in examples for answer in example.answers}))
-            system = (
-                "Classify the intent of the user's message. Answer with exactly one of these labels "
-                f"and nothing else: {labels}"
-            )
+            system = "Answer with the intent of the user's message, exactly one of these labels: "
+            system += ", ".join(labels)
         else:
-            system = (
-                "Describe the restaurant in one English sentence that mentions every given fact "
-                "and nothing else."
-            )
-        return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+            system = "Describe the restaurant in one English sentence with every given fact and no other."
+        messages = [{"role": "system", "content": system}]
+        for example in solved:
+            messages.append({"role": "user", "content": example.prompt})
+            messages.append({"role": "assistant", "content": example.answers[0]})
+        return [*messages, {"role": "user", "content": prompt}]
 
 
 def _open(data: Path, *parts: str) -> Path:
@@ -129,7 +130,7 @@ TASKS: dict[str, Task] = {
             train=lambda data: _banking(data, "train.csv"),
             test=lambda data: _banking(data, "test.csv"),
             lora={"r": 3, "lora_alpha": 4, "target_modules": "all-linear", "use_rslora": True},
-            steps=600,
+            steps=320,
             batch=16,
             learning_rate=1e-3,
             max_new_tokens=20,
@@ -147,7 +148,7 @@ TASKS: dict[str, Task] = {
                 "lora_alpha": 16,
                 "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
             },
-            steps=500,
+            steps=220,
             batch=8,
             learning_rate=1e-3,
             max_new_tokens=80,
