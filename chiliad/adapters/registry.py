@@ -76,6 +76,7 @@ _MIGRATIONS = (
         origin TEXT NOT NULL
     ) WITHOUT ROWID;
     """,
+    "CREATE INDEX version_digest ON version (digest);",
 )
 
 _ENTRY = """
@@ -343,6 +344,11 @@ class Registry:
         if not rows:
             raise self._not_found(name)
         return [_entry(row).adapter for row in rows]
+
+    def knows(self, digest: str) -> bool:
+        """Whether any name means this content."""
+        with self._lock:
+            return bool(self._db.execute("SELECT 1 FROM version WHERE digest = ?", (digest,)).fetchone())
 
     def aliases(self, name: str | None = None) -> dict[str, str]:
         """Aliases and what they mean, of one adapter or of all."""

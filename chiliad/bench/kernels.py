@@ -198,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("cases", "step"))
+    parser.add_argument("what", nargs="?", default="step", choices=("cases", "step"))
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--dtype", default="bfloat16")

@@ -41,6 +41,7 @@ from chiliad.errors import (
     ContextLengthExceeded,
     InvalidConfig,
     InvalidRequest,
+    ModelNotFound,
     Unavailable,
 )
 from chiliad.memory.arena import Arena
@@ -56,6 +57,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 WORKSPACE = 64 * 2**20  # bytes kept out of the pool for activations and logits
+_REMOVED = 4096  # removed adapters that are remembered
 _MIN_PAGES_PER_LAYER = 8  # a pool below this cannot serve one short prompt
 
 
@@ -129,6 +131,8 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._samplers: dict[int, SequenceSampler] = {}  # by id(sequence)
         self._events: list[Event] = []
+        # by digest: removed lately, though requests that resolved them before may still come
+        self._removed: collections.OrderedDict[str, AdapterVersion] = collections.OrderedDict()
         self._ended: ChiliadError | None = None  # once the loop has ended: what to tell who comes late
 
     # -- from any thread -----------------------------------------------------------------
@@ -184,7 +188,13 @@ class Engine:
         has changed.
         """
         self.store.check(folder)
-        return self.registry.add(folder, name, replace=replace)
+        version = self.registry.add(folder, name, replace=replace)
+
+        def welcome() -> None:
+            self._removed.pop(version.digest, None)
+
+        self._post(welcome)
+        return version
 
     def pin_adapter(self, version: AdapterVersion) -> bool:
         """Keep an adapter in memory from now on (engine thread). False while it still loads.
@@ -192,6 +202,8 @@ class Engine:
         Raises OutOfMemory when there is no room to load or to pin it, AdapterError when its
         files are bad.
         """
+        if version.digest in self._removed:
+            raise ModelNotFound(f"adapter {version} was removed", param="name")
         state = self.store.state(version)
         if state == "failed":
             raise self.store.error(version) or AdapterError(f"adapter {version} did not load")
@@ -203,8 +215,15 @@ class Engine:
 
     def remove_adapter(self, name: str) -> Future[int]:
         """Forget a name. Running requests finish; the result is the bytes freed now or by then."""
-        versions = self.registry.remove(name)
-        return self.call(lambda: self.store.remove(versions))
+        versions = [v for v in self.registry.remove(name) if not self.registry.knows(v.digest)]
+
+        def forget() -> int:
+            self._removed.update((version.digest, version) for version in versions)
+            while len(self._removed) > _REMOVED:
+                self._removed.popitem(last=False)
+            return self.store.remove(versions)
+
+        return self.call(forget)
 
     # -- the loop ------------------------------------------------------------------------
 
@@ -294,6 +313,7 @@ class Engine:
             usage = Usage(len(request.prompt), live.completion_tokens, min(live.cached_tokens, default=0))
             self._events.append(Finished(request.id, usage, queued))
             del self._live[request.id]
+            self._let_go(request)
 
     def _post(self, function: Callable[[], None]) -> None:
         self._inbox.append(function)
@@ -333,6 +353,12 @@ class Engine:
             )
         self._live[request.id] = live
 
+    def _let_go(self, request: Request) -> None:
+        """A request ends: it may have brought back an adapter that was removed meanwhile."""
+        for use in request.adapters:
+            if use.adapter.digest in self._removed:
+                self.store.remove([use.adapter])
+
     def _cancel(self, request_id: str) -> None:
         live = self._live.get(request_id)
         if live is None or self._ended is not None:
@@ -350,6 +376,7 @@ class Engine:
         self.scheduler.cancel(request_id)
         for sequence in live.sequences:
             self._samplers.pop(id(sequence), None)
+        self._let_go(live.request)
         self._events.append(Failed(request_id, error))
 
     def close(self, error: ChiliadError | None = None) -> None:

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from chiliad import __version__
 from chiliad.errors import ChiliadError
 from chiliad.serve.completions import Completions
-from chiliad.serve.http import Edge, json_response, on_error, on_http_error
+from chiliad.serve.http import Edge, json_response, on_error, on_gone, on_http_error
 from chiliad.serve.metrics import CONTENT_TYPE, Exporter
 from chiliad.serve.models import Models
 from chiliad.serve.openapi import openapi
@@ -87,7 +87,12 @@ def create_app(service: Service) -> ASGIApp:
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={ChiliadError: on_error, HTTPException: on_http_error, Exception: on_error},
+        exception_handlers={
+            ChiliadError: on_error,
+            HTTPException: on_http_error,
+            ClientDisconnect: on_gone,
+            Exception: on_error,
+        },
     )
     app.router.redirect_slashes = False
     return Edge(app, service.config.api_keys)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import orjson
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -49,6 +49,11 @@ async def on_error(request: Request, error: Exception) -> Response:
     return error_response(error)
 
 
+async def on_gone(request: Request, error: Exception) -> Response:
+    """The client left while it was sending: nobody reads this."""
+    return Response(status_code=499)
+
+
 async def on_http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router, in OpenAI's shape."""
     assert isinstance(error, HTTPException)
@@ -67,18 +72,16 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, or PayloadTooLarge as soon as it is known to be longer than `limit`."""
+    """The whole body. Raises PayloadTooLarge as soon as it is known to be longer than `limit`,
+    ClientDisconnect when the client goes away."""
     too_large = PayloadTooLarge(f"the body is larger than {limit} bytes")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
     body = bytearray()
-    try:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > limit:
-                raise too_large
-    except ClientDisconnect:
-        raise asyncio.CancelledError from None
+    async for piece in request.stream():
+        body += piece
+        if len(body) > limit:
+            raise too_large
     return bytes(body)
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from chiliad.errors import InvalidRequest, PayloadTooLarge
 
@@ -79,8 +79,6 @@ async def receive_upload(request: Request, uploads: Path, limit: int) -> Upload:
                 parser.write(piece)
         except MultipartParseError as error:
             raise InvalidRequest(f"the multipart body is broken: {error}") from None
-        except ClientDisconnect:
-            raise asyncio.CancelledError from None
         finally:
             parts.close()
         parts.check()

@@ -173,3 +173,30 @@ async def test_activity_is_logged(
         report.cancel()
     assert "tokens/s" in caplog.messages[0]
     assert len(caplog.messages) == 1  # nothing happened since
+
+
+async def test_half_a_body_is_no_error(connect: Connect, caplog: pytest.LogCaptureFixture) -> None:
+    """A client that goes away while it sends: nobody is told, and nothing is logged."""
+    async with connect() as client:
+        app = client._transport.app
+        for path, kind in (("/v1/completions", b"application/json"),
+                           ("/v1/adapters", b"multipart/form-data; boundary=x")):  # fmt: skip
+            messages = [
+                {"type": "http.request", "body": b"--x", "more_body": True},
+                {"type": "http.disconnect"},
+            ]
+            sent = []
+
+            async def receive(messages: list[dict[str, object]] = messages) -> dict[str, object]:
+                return messages.pop(0)
+
+            async def send(message: dict[str, object], sent: list[object] = sent) -> None:
+                sent.append(message.get("status"))
+
+            scope = {
+                "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+                "headers": [(b"content-type", kind), (b"host", b"localhost")], "http_version": "1.1",
+            }  # fmt: skip
+            await app(scope, receive, send)
+            assert sent[0] == 499
+    assert not caplog.records
