@@ -1065,11 +1065,12 @@ def bench_kernels(args: tuple[str, ...]) -> None:
 
 
 @cli.command()
-def demo() -> None:
+@click.option("--folder", type=click.Path(path_type=Path, file_okay=False), help="Where it keeps its files.")
+def demo(folder: Path | None) -> None:
     """The whole story: real adapters and random ones, one server, one batch."""
     from chiliad.demo import run
 
-    run()
+    run(folder)
 
 
 # -- entry -------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ START_SECONDS = 120
 PROMPTS = (
     "how bad is the traffic on my way to the office this morning",
     "give me something to cook with chicken and rice",
-    "I ordered a card two weeks ago and it is still not here",
+    "i ordered a card two weeks ago and it is still not here",
     "the cash machine took my card and did not give it back",
     "name[The Copper Kettle], eatType[pub], food[Italian], priceRange[cheap], area[riverside]",
 )
