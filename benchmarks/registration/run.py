@@ -163,7 +163,8 @@ def cycles(args: Any, model: Any, kernels: Any, root: Path, report: Report) -> N
     registered = registry.count()
     registry.close()
     samples = lives.samples
-    early, late = samples[: len(samples) // 5 + 1], samples[-(len(samples) // 5 + 1) :]
+    fifth = max(1, len(samples) // 5)
+    early, late = samples[fifth : 2 * fifth] or samples[:1], samples[-fifth:]
     growth = median([s[1] for s in late]) - median([s[1] for s in early])
     report.result["lives"] = {
         "count": lives.done,
