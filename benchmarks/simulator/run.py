@@ -95,9 +95,8 @@ def trace_of(rate: float, seconds: float, seed: int) -> Trace:
 
 
 def main() -> None:
-    args = arguments(__doc__, policy="fcfs", calibration=25.0, seconds=60.0)
-    if args.quick:
-        args.calibration, args.seconds = 5.0, 8.0
+    quick = {"calibration": 5.0, "seconds": 8.0}
+    args = arguments(__doc__, quick=quick, policy="fcfs", calibration=25.0, seconds=60.0)
     config = EngineConfig(
         memory=MEMORY,
         dtype=args.dtype,
