@@ -665,34 +665,37 @@ void enter() {
 
 void leave() { _tile_release(); }
 
-// A quarter of the next pair of weight tiles, in good time. Spread between
-// the tile instructions, because a bunch of prefetches would fill the load buffers and stall.
-template <bool Fetch>
+// A quarter of the pair of weight tiles that comes next, every other line (the L2 cache fetches
+// lines in pairs). Spread between the tile instructions, because a bunch of prefetches would fill
+// the load buffers and stall; and close, because further away only these few buffers (and not
+// the L2 cache's own prefetcher) would do the work.
 CHILIAD_INLINE void fetch(const std::byte* b, int quarter) {
   constexpr int kAhead = 2048;  // bytes, measured: 1 to 3 KB are equal, more is worse
-  if constexpr (Fetch)
-    for (int line = 0; line < 512; line += 64) _mm_prefetch(b + kAhead + quarter * 512 + line, _MM_HINT_T1);
+  for (int line = 0; line < 512; line += 128) _mm_prefetch(b + kAhead + quarter * 512 + line, _MM_HINT_T1);
 }
 
-// Up to 32 rows: c[32][32] = tiles (a0, a1) * panel. Fetch: the panel comes from memory.
-template <bool Two, bool Fetch>
+// Up to 32 rows: c[32][32] = tiles (a0, a1) * panel. First: the panel comes from memory; else it
+// stays in the L1 cache, which the inputs are read past.
+template <bool Two, bool First>
 void gemm_amx(const std::byte* a0, const std::byte* a1, const std::byte* b, int k_padded, float* c) {
   _tile_zero(0);
   _tile_zero(1);
   if (Two) _tile_zero(2);
   if (Two) _tile_zero(3);
   for (int k = 0; k < k_padded; k += 32, a0 += 1024, a1 += 1024, b += 2048) {
-    _tile_loadd(4, a0, 64);
+    if (First) _tile_loadd(4, a0, 64);
+    else _tile_stream_loadd(4, a0, 64);
     _tile_loadd(6, b, 64);
-    fetch<Fetch>(b, 0);
+    if (First) fetch(b, 0);
     _tile_dpbf16ps(0, 4, 6);
-    fetch<Fetch>(b, 1);
+    if (First) fetch(b, 1);
     _tile_loadd(7, b + 1024, 64);
     _tile_dpbf16ps(1, 4, 7);
-    fetch<Fetch>(b, 2);
-    if (Two) _tile_loadd(5, a1, 64);
+    if (First) fetch(b, 2);
+    if (Two && First) _tile_loadd(5, a1, 64);
+    if (Two && !First) _tile_stream_loadd(5, a1, 64);
     if (Two) _tile_dpbf16ps(2, 5, 6);
-    fetch<Fetch>(b, 3);
+    if (First) fetch(b, 3);
     if (Two) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, kStride * 4);
@@ -951,8 +954,7 @@ void project(const ProjectPlan& plan) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile, chunk = chunk_rows(plan);
   const int chunks = (plan.rows + chunk - 1) / chunk;
   const bool prepare = plan.input || plan.norm.kind != NormKind::none || plan.scaled;
-  const bool stored = plan.dtype == DType::float32 || plan.dtype == DType::bfloat16;
-  const int most = plan.rows <= 32 ? kGroup : stored ? 2 : 1;  // measured: 2 beats 1 and 4 by 3 %
+  const int most = plan.rows <= 32 ? kGroup : 1;  // a panel that serves many rows stays in the L1 cache
   threads.share(0, row_tiles);
   threads.share(1, plan.num_tasks);
   threads.share(2, plan.num_panels * chunks);
