@@ -29,15 +29,13 @@ std::int64_t padded(int head_dim) { return (head_dim + 31) / 32 * 32; }
 // q, state and total are per head of the item.
 struct Scratch {
   float *weights, *state, *total, *q;
-  bf16* weights16;
   Scratch(float* at, int head_dim, int heads)
       : weights(at), state(at + kTileRows * kStepTokens), total(state + heads * state_floats(head_dim)),
-        q(total + heads * state_floats(head_dim)),
-        weights16(reinterpret_cast<bf16*>(q + heads * kTileRows * padded(head_dim))) {}
+        q(total + heads * state_floats(head_dim)) {}
 };
 
 std::int64_t scratch_floats(int head_dim, int heads) {
-  return heads * (2 * state_floats(head_dim) + kTileRows * padded(head_dim)) + kTileRows * kStepTokens * 3 / 2;
+  return heads * (2 * state_floats(head_dim) + kTileRows * padded(head_dim)) + kTileRows * kStepTokens;
 }
 
 // A tile's softmax state: per row the maximum score, the sum of weights (still one per lane: a
@@ -310,6 +308,10 @@ CHILIAD_INLINE Seen seen(const AttentionCall& call, int position, const Round& r
   return {most(low - round.start, 0), most(least(position + 1 - round.start, round.count * kStrip), 0)};
 }
 
+CHILIAD_INLINE int position_of(const AttentionCall& call, const AttentionTile& tile, int row) {
+  return tile.position + (tile.begin + row) / (call.num_heads / call.num_kv_heads);
+}
+
 // Hide what the row does not see, by selection: those scores may be anything.
 CHILIAD_INLINE void hide(float* scores, Seen see, int tokens) {
   for (int t = 0; t < see.low; ++t) scores[t] = kLowest;
@@ -348,14 +350,13 @@ struct FloatPath {
   float* queries(int head) const { return at.q + (head - tile.head_begin) * kTileRows * padded(call.head_dim); }
 
   void round(int head, const Round& round, State state, Ahead& ahead, int lines) const {
-    const int group = call.num_heads / call.num_kv_heads;
     const std::int64_t width = padded(call.head_dim);
     const float* q = queries(head);
     row_blocks(rows, [&](int r, auto size) {
       score_rows<KV, decltype(size)::value>(call, round, q + r * width, at.weights + r * kStepTokens, ahead, r ? 0 : lines);
     });
     for (int r = 0; r < rows; ++r)
-      soften(at.weights + r * kStepTokens, seen(call, tile.position + (tile.begin + r) / group, round),
+      soften(at.weights + r * kStepTokens, seen(call, position_of(call, tile, r), round),
              round.count * kStrip, state.maximum + r, state.sums + r * kStrip, state.values + r * call.head_dim);
     row_blocks(rows, [&](int r, auto size) {
       mix_rows<KV, decltype(size)::value>(call, round, at.weights + r * kStepTokens, state.values + r * call.head_dim,
@@ -426,29 +427,31 @@ CHILIAD_INLINE __m512 coarse_exp2(__m512 x) {
   return _mm512_scalef_ps(y, _mm512_sub_ps(x, f));
 }
 
-// Tile registers: 0, 1 sums; 2, 3 queries; 4 K; 5, 6 weights; 7 V.
+// Tile registers: 0-3 sums, of two blocks of 16 rows by two of 16 columns; 4, 5 the row blocks'
+// queries or weights; 6, 7 K or V.
 struct TilePath {
   const AttentionCall& call;
   const AttentionTile& tile;
   const Scratch& at;
-  const int rows, halves;  // halves: blocks of 16 rows
-  const int strips;        // of tokens per V tile: 2, or 1 where pages do not hold whole 32s
+  const int rows, strips;  // strips: of 16 tokens per V tile, 2, or 1 where pages do not hold whole 32s
   const float factor;
+  TileShapes shapes[2];    // for scores; for mixing, if that differs
 
   static bool takes(const AttentionCall& call) { return call.bfloat16 && call.head_dim % 32 == 0 && call.scale > 0; }
 
   TilePath(const AttentionCall& call, const AttentionTile& tile, const Scratch& at)
-      : call(call), tile(tile), at(at), rows(tile.end - tile.begin), halves(rows > 16 ? 2 : 1),
-        strips(call.span % 32 == 0 ? 2 : 1), factor(call.scale * kLog2e) {
-    TileShapes shapes;
-    const int first = least(rows, 16), second = halves == 2 ? rows - 16 : first;
-    const int heights[8] = {first, second, first, second, 16, first, second, strips * 8};
-    for (int i = 0; i < 8; ++i) {
-      shapes.rows[i] = static_cast<std::uint8_t>(heights[i]);
-      shapes.row_bytes[i] = static_cast<std::uint16_t>(i == 5 || i == 6 ? strips * 32 : 64);
+      : call(call), tile(tile), at(at), rows(tile.end - tile.begin), strips(call.span % 32 == 0 ? 2 : 1),
+        factor(call.scale * kLog2e) {
+    const int first = least(rows, 16), second = rows > 16 ? rows - 16 : first;
+    for (int phase = 0; phase < 2; ++phase) {
+      const int depth = phase == 0 ? 16 : strips * 8;  // pairs that one tile multiplies
+      const int heights[8] = {first, first, second, second, first, second, depth, depth};
+      for (int i = 0; i < 8; ++i) {
+        shapes[phase].rows[i] = static_cast<std::uint8_t>(heights[i]);
+        shapes[phase].row_bytes[i] = static_cast<std::uint16_t>(i == 4 || i == 5 ? depth * 4 : 64);
+      }
     }
-    memory_is_read(&shapes);
-    _tile_loadconfig(&shapes);
+    configure(0);
     for (int head = tile.head_begin; head < tile.head_end; ++head)
       for (int r = 0; r < rows; ++r) {
         const float* from = query(call, tile, head, tile.begin + r);
@@ -461,77 +464,113 @@ struct TilePath {
   }
   ~TilePath() { _tile_release(); }
 
+  void configure(int phase) const {
+    memory_is_read(&shapes[phase]);
+    _tile_loadconfig(&shapes[phase]);
+  }
+
   bf16* queries(int head) const {
     return reinterpret_cast<bf16*>(at.q + (head - tile.head_begin) * kTileRows * padded(call.head_dim));
   }
 
   void round(int head, const Round& round, State state, Ahead& ahead, int lines) const {
-    score(queries(head), round, ahead, lines);
-    for (int half = 0; half < halves; ++half) soften(half * 16, least(rows, half * 16 + 16), round, state);
-    mix(round, state.values, ahead, lines);
+    if (strips == 1) configure(0);
+    rows > 16 ? score<true>(queries(head), round, ahead, lines) : score<false>(queries(head), round, ahead, lines);
+    soften(round, state);
+    if (strips == 1) configure(1);
+    rows > 16 ? mix<true>(round, state.values, ahead, lines) : mix<false>(round, state.values, ahead, lines);
   }
 
+  template <bool both>  // blocks of 16 rows
   void score(const bf16* q, const Round& round, Ahead& ahead, int lines) const {
     const std::int64_t stride = std::int64_t{call.block_tokens} * 4, q_bytes = std::int64_t{call.head_dim} * 2;
+    constexpr std::int64_t kBytes = kStepTokens * 4;
     const bf16* q2 = q + 16 * call.head_dim;
-    float *to = at.weights, *to2 = to + 16 * kStepTokens;
     memory_is_read(q);
-    for (int s = 0; s < round.count; ++s) {
-      ahead.take(lines);
-      const char* k = round.k[s];
+    for (int s = 0; s < round.count; s += 2) {
+      const bool pair = s + 1 < round.count;
+      ahead.take(lines * 2);
+      const char *k = round.k[s], *k2 = round.k[pair ? s + 1 : s];
+      float *to = at.weights + s * kStrip, *to2 = to + 16 * kStepTokens;
       _tile_zero(0);
-      if (halves == 2) {
-        _tile_zero(1);
-        for (int d = 0; d < call.head_dim; d += 32) {
-          _tile_loadd(4, k + d / 2 * stride, stride);
-          _tile_loadd(2, q + d, q_bytes);
-          _tile_dpbf16ps(0, 2, 4);
-          _tile_loadd(3, q2 + d, q_bytes);
-          _tile_dpbf16ps(1, 3, 4);
+      _tile_zero(1);
+      if constexpr (both) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int d = 0; d < call.head_dim; d += 32) {
+        _tile_loadd(4, q + d, q_bytes);
+        _tile_loadd(6, k + d / 2 * stride, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        if (pair) {
+          _tile_loadd(7, k2 + d / 2 * stride, stride);
+          _tile_dpbf16ps(1, 4, 7);
         }
-        _tile_stored(1, to2 + s * kStrip, kStepTokens * 4);
-      } else {
-        for (int d = 0; d < call.head_dim; d += 32) {
-          _tile_loadd(4, k + d / 2 * stride, stride);
-          _tile_loadd(2, q + d, q_bytes);
-          _tile_dpbf16ps(0, 2, 4);
+        if constexpr (both) {
+          _tile_loadd(5, q2 + d, q_bytes);
+          _tile_dpbf16ps(2, 5, 6);
+          if (pair) _tile_dpbf16ps(3, 5, 7);
         }
       }
-      _tile_stored(0, to + s * kStrip, kStepTokens * 4);
+      _tile_stored(0, to, kBytes);
+      if (pair) _tile_stored(1, to + kStrip, kBytes);
+      if constexpr (both) {
+        _tile_stored(2, to2, kBytes);
+        if (pair) _tile_stored(3, to2 + kStrip, kBytes);
+      }
     }
   }
 
-  // Like the float path's, with weights rounded to bfloat16, for up to 16 rows at once.
-  void soften(int begin, int end, const Round& round, State state) const {
-    const int group = call.num_heads / call.num_kv_heads;
-    const int tokens = (round.count + 1) / 2 * 2 * kStrip;  // a V tile may hold two strips
-    bool blind[16];
+  // What up to 16 rows of a round need to turn scores into weights.
+  struct Rows {
+    alignas(64) float maximum[16], fade[16];
+    bool blind[16] = {};  // sees none of these tokens
+  };
+
+  void survey(int begin, int end, const Round& round, int tokens, State state, Rows& out) const {
+    const int first = position_of(call, tile, begin), last = position_of(call, tile, end - 1);
+    const bool all = tokens == round.count * kStrip && first + 1 >= round.start + tokens &&
+                     (call.window == 0 || last - call.window + 1 <= round.start);
     __m512 peaks[16];
     for (int i = 0; i < 16; ++i) {
       peaks[i] = _mm512_set1_ps(kLowest);
       if (begin + i >= end) continue;
       float* scores = at.weights + (begin + i) * kStepTokens;
-      const Seen see = seen(call, tile.position + (tile.begin + begin + i) / group, round);
-      blind[i] = see.low >= see.high;
-      if (blind[i]) continue;
-      hide(scores, see, tokens);
+      if (!all) {
+        const Seen see = seen(call, position_of(call, tile, begin + i), round);
+        out.blind[i] = see.low >= see.high;
+        if (out.blind[i]) continue;
+        hide(scores, see, tokens);
+      }
       for (int t = 0; t < tokens; t += 16) peaks[i] = _mm512_max_ps(peaks[i], _mm512_loadu_ps(scores + t));
     }
-    const __m512 before = _mm512_loadu_ps(state.maximum + begin), scale = _mm512_set1_ps(factor);
-    const __m512 now = _mm512_max_ps(_mm512_mul_ps(tops_of(peaks), scale), before);
-    alignas(64) float fades[16], maxima[16];
-    _mm512_store_ps(fades, _mm512_mask_mov_ps(vexp2_below(_mm512_sub_ps(before, now)),
-                                              _mm512_cmp_ps_mask(before, now, _CMP_EQ_OQ), _mm512_set1_ps(1.0f)));
-    _mm512_store_ps(maxima, now);
+    const __m512 before = _mm512_loadu_ps(state.maximum + begin);
+    const __m512 now = _mm512_max_ps(_mm512_mul_ps(tops_of(peaks), _mm512_set1_ps(factor)), before);
     _mm512_storeu_ps(state.maximum + begin, now);
-    for (int r = begin; r < end; ++r) {
-      bf16* weights = at.weights16 + r * kStepTokens;
-      if (blind[r - begin]) {
+    _mm512_store_ps(out.maximum, now);
+    _mm512_store_ps(out.fade, _mm512_mask_mov_ps(vexp2_below(_mm512_sub_ps(before, now)),
+                                                 _mm512_cmp_ps_mask(before, now, _CMP_EQ_OQ), _mm512_set1_ps(1.0f)));
+  }
+
+  // Like the float path's, with weights rounded to bfloat16.
+  void soften(const Round& round, State state) const {
+    const int tokens = (round.count + 1) / 2 * 2 * kStrip;  // a V tile may hold two strips
+    Rows surveyed[2];
+    for (int begin = 0; begin < rows; begin += 16)
+      survey(begin, least(rows, begin + 16), round, tokens, state, surveyed[begin / 16]);
+    const __m512 scale = _mm512_set1_ps(factor);
+    for (int r = 0; r < rows; ++r) {
+      // The tile unit falls asleep after about half a microsecond and takes a quarter to wake up.
+      if (r == 8) _tile_dpbf16ps(0, 4, 6);
+      const Rows& of = surveyed[r / 16];
+      float* scores = at.weights + r * kStepTokens;
+      bf16* weights = reinterpret_cast<bf16*>(scores);  // in place, behind the reading
+      if (of.blind[r % 16]) {
         for (int t = 0; t < tokens; t += 32) _mm512_storeu_si512(weights + t, _mm512_setzero_si512());
         continue;
       }
-      const float *scores = at.weights + r * kStepTokens, fade = fades[r - begin];
-      const __m512 top = _mm512_set1_ps(maxima[r - begin]);
+      const float fade = of.fade[r % 16];
+      const __m512 top = _mm512_set1_ps(of.maximum[r % 16]);
       __m512 added = _mm512_setzero_ps();
       for (int t = 0; t < tokens; t += 32) {
         const __m512 a = coarse_exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + t), scale, top));
@@ -545,33 +584,41 @@ struct TilePath {
     }
   }
 
+  template <bool both>
   void mix(const Round& round, float* values, Ahead& ahead, int lines) const {
-    const std::int64_t stride = std::int64_t{call.head_dim} * 4, weight_bytes = kStepTokens * 2;
-    const int per_tile = lines * kStrips * 16 / call.head_dim;
-    const bf16 *w = at.weights16, *w2 = w + 16 * kStepTokens;
-    float* values2 = values + 16 * call.head_dim;
+    const std::int64_t stride = std::int64_t{call.head_dim} * 4;
+    constexpr std::int64_t kBytes = kStepTokens * 4;
+    const int per_tile = lines * kStrips * 32 / call.head_dim;
+    const bf16 *w = reinterpret_cast<const bf16*>(at.weights), *w2 = w + 32 * kStepTokens;
     memory_is_read(w);
-    for (int d = 0; d < call.head_dim; d += 16) {
+    for (int d = 0; d < call.head_dim; d += 32) {
       ahead.take(per_tile);
-      _tile_loadd(0, values + d, stride);
-      if (halves == 2) {
-        _tile_loadd(1, values2 + d, stride);
-        for (int s = 0; s < round.count; s += strips) {
-          _tile_loadd(7, round.v[s] + d * 4, stride);
-          _tile_loadd(5, w + s * kStrip, weight_bytes);
-          _tile_dpbf16ps(0, 5, 7);
-          _tile_loadd(6, w2 + s * kStrip, weight_bytes);
-          _tile_dpbf16ps(1, 6, 7);
-        }
-        _tile_stored(1, values2 + d, stride);
-      } else {
-        for (int s = 0; s < round.count; s += strips) {
-          _tile_loadd(7, round.v[s] + d * 4, stride);
-          _tile_loadd(5, w + s * kStrip, weight_bytes);
-          _tile_dpbf16ps(0, 5, 7);
+      float *to = values + d, *to2 = to + 16 * call.head_dim;
+      _tile_loadd(0, to, stride);
+      _tile_loadd(1, to + 16, stride);
+      if constexpr (both) {
+        _tile_loadd(2, to2, stride);
+        _tile_loadd(3, to2 + 16, stride);
+      }
+      for (int s = 0; s < round.count; s += strips) {
+        const char* v = round.v[s] + d * 4;
+        _tile_loadd(4, w + s * kStrip, kBytes);
+        _tile_loadd(6, v, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, v + 64, stride);
+        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (both) {
+          _tile_loadd(5, w2 + s * kStrip, kBytes);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
         }
       }
-      _tile_stored(0, values + d, stride);
+      _tile_stored(0, to, stride);
+      _tile_stored(1, to + 16, stride);
+      if constexpr (both) {
+        _tile_stored(2, to2, stride);
+        _tile_stored(3, to2 + 16, stride);
+      }
     }
   }
 };
@@ -588,16 +635,20 @@ void clear(State state, int rows, int head_dim) {
 
 // total += part: two states of neighbouring parts of the context, the earlier one in total.
 void merge_state(State total, const State part, int rows, int head_dim) {
+  float a[kTileRows], b[kTileRows];  // what the new maximum makes of either
+  for (int r = 0; r < rows; r += kLanes) {
+    const Vec before = vload(total.maximum + r), other = vload(part.maximum + r), now = vmax(before, other);
+    vstore(a + r, vexp2_below(before - now));
+    vstore(b + r, vexp2_below(other - now));
+    vstore(total.maximum + r, now);
+  }
   for (int r = 0; r < rows; ++r) {
-    const float before = total.maximum[r], other = part.maximum[r], now = other > before ? other : before;
-    if (other == kLowest) continue;  // saw nothing
-    const float a = exp2_below(before - now), b = exp2_below(other - now);
-    total.maximum[r] = now;
+    if (part.maximum[r] == kLowest) continue;  // saw nothing
     const auto add = [&](float* to, const float* from, int size) {
       int d = 0;
       for (; d + kLanes <= size; d += kLanes)
-        vstore(to + d, vfma(vload(to + d), vset(a), vload(from + d) * vset(b)));
-      for (; d < size; ++d) to[d] = __builtin_fmaf(to[d], a, from[d] * b);
+        vstore(to + d, vfma(vload(to + d), vset(a[r]), vload(from + d) * vset(b[r])));
+      for (; d < size; ++d) to[d] = __builtin_fmaf(to[d], a[r], from[d] * b[r]);
     };
     add(total.sums + r * kStrip, part.sums + r * kStrip, kLanes);
     add(total.values + r * head_dim, part.values + r * head_dim, head_dim);
