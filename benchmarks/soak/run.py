@@ -86,6 +86,11 @@ class Soak:
     samples: list[dict[str, Any]] = field(default_factory=list)
     serial: int = 0
 
+    def hidden(self) -> str:
+        """A folder name that no scan looks at and nobody else uses."""
+        self.serial += 1
+        return f".{self.serial}"
+
     async def send(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, bytes]:
         raw = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
         async with request(self.target, method, path, raw, headers) as response:
@@ -227,14 +232,8 @@ async def hang_up(soak: Soak) -> None:
 
 def fresh(soak: Soak, name: str) -> Path:
     """A random adapter's folder below --adapters (new, or in the place of an old one)."""
-    soak.serial += 1
-    return write_random_adapter(
-        soak.folders / name,
-        soak.base,
-        soak.rng.choice(RANKS),
-        soak.rng.choice(TARGETS),
-        seed=soak.serial,
-    )
+    rank, targets = soak.rng.choice(RANKS), soak.rng.choice(TARGETS)
+    return write_random_adapter(soak.folders / name, soak.base, rank, targets, seed=soak.rng.getrandbits(31))
 
 
 async def change(soak: Soak) -> None:
@@ -255,7 +254,7 @@ async def change(soak: Soak) -> None:
         status, answer = await soak.send("POST", "/v1/load_lora_adapter", body)
         soak.judge(verb, status, answer, {200})
     elif verb == "upload":
-        folder = await asyncio.to_thread(fresh, soak, f".{name}-{soak.serial}")
+        folder = await asyncio.to_thread(fresh, soak, soak.hidden())
         parts = {"config": (folder / CONFIG).read_bytes(), "model": (folder / TENSORS).read_bytes()}
         shutil.rmtree(folder)
         status, answer = await upload(soak, name, parts, replace=rng.random() < 0.5)
@@ -327,7 +326,7 @@ async def nonsense(soak: Soak) -> None:
         parts = {"config": b'{"peft_type": "LORA"}', "model": rng.randbytes(rng.randint(0, 5000))}
         status, answer = await upload(soak, f"bad{rng.randrange(9)}", parts, replace=False)
     elif pick == len(cases) + 1:  # an adapter with NaN in it
-        folder = await asyncio.to_thread(fresh, soak, f".bad-{soak.serial}")
+        folder = await asyncio.to_thread(fresh, soak, soak.hidden())
         tensors = bytearray((folder / TENSORS).read_bytes())
         tensors[-2:] = b"\xc0\x7f"
         parts = {"config": (folder / CONFIG).read_bytes(), "model": bytes(tensors)}

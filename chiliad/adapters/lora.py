@@ -105,12 +105,13 @@ class LoraFormat:
         pairs = _pairs(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, base)
         low_rank = {}
         for pair in pairs:
-            b = tensors[pair.b].to(torch.float32, copy=True).mul_(pair.scale)
+            rows = tensors[pair.b].t()
+            b = rows.to(torch.float32, copy=True, memory_format=torch.contiguous_format).mul_(pair.scale)
             if not all(math.isfinite(value.item()) for value in b.aminmax()):
                 raise InvalidAdapter(
                     f"tensor {pair.b} times its scale {pair.scale:g} is too large to compute with"
                 )
-            low_rank[pair.slot] = LowRank(tensors[pair.a], b.t().contiguous())
+            low_rank[pair.slot] = LowRank(tensors[pair.a], b)
         return Lowered(low_rank)
 
 

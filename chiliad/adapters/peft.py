@@ -19,7 +19,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,13 @@ class Limits:
     header_bytes: int = 4 << 20  # a tensor takes about 130 bytes: room for 30,000
     tensor_bytes: int = 64 << 30
     rank: int = 4096  # per projection; the pool's size is the limit that bites first
+
+
+#: (bytes) -> a uint8 tensor of that size, which the caller may use again later
+Room = Callable[[int], "torch.Tensor"]
+
+_HASHED = 2**18  # bytes hashed without a pause
+_PIECE = 2**15  # numbers looked at together: they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +144,21 @@ class PeftFolder:
             os.close(self._file)
             self._file = None
 
-    def tensors(self) -> tuple[dict[str, torch.Tensor], str]:
+    def tensors(
+        self, room: Room | None = None, rest: Callable[[], None] | None = None
+    ) -> tuple[dict[str, torch.Tensor], str]:
         """Read every tensor, and the sha256 of all their bytes in file order.
 
-        The tensors share one buffer, owned by nobody else. Raises InvalidAdapter when the file
+        The tensors share one buffer: `room(bytes)`, or one of their own. `rest` is called between
+        bits of work, here and whenever a tensor is looked up. Raises InvalidAdapter when the file
         changes meanwhile, or on NaN or Inf.
         """
         import torch
 
         assert self._file is not None
         entries, start = self._entries, 8 + len(self._header)
-        data = torch.empty(self.nbytes - start, dtype=torch.uint8)
+        size = self.nbytes - start
+        data = torch.empty(size, dtype=torch.uint8) if room is None else room(size)
         view: memoryview = data.numpy().data
         done = 0
         with io.FileIO(self._file, closefd=False) as file:
@@ -157,9 +168,13 @@ class PeftFolder:
         after = os.fstat(self._file)
         if done < len(view) or _stamp(after, after) != _stamp(self._stat, self._stat):
             raise InvalidAdapter(f"{self.path / TENSOR_FILE} changed while it was read: load it again")
-        content = hashlib.sha256(view).hexdigest()
+        content = hashlib.sha256()
+        for at in range(0, size, _HASHED):
+            content.update(view[at : at + _HASHED])
+            if rest is not None:
+                rest()
         types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, torch.Tensor] = {} if rest is None else _Restful(rest)
         for name, (entry, begin) in entries.items():
             dtype = types[entry.dtype]
             raw = data[begin : begin + math.prod(entry.shape) * dtype.itemsize]
@@ -168,11 +183,11 @@ class PeftFolder:
             tensors[name] = raw.view(dtype).view(entry.shape)
         kinds = {tensor.dtype for tensor in tensors.values()}
         if len(kinds) == 1 and _finite(data.view(kinds.pop())):
-            return tensors, content  # one look at everything is far cheaper than hundreds
+            return tensors, content.hexdigest()  # one look at everything is far cheaper than hundreds
         for name, tensor in tensors.items():
             if not _finite(tensor):
                 raise InvalidAdapter(f"tensor {name} holds NaN or Inf: the training run diverged")
-        return tensors, content
+        return tensors, content.hexdigest()
 
     def _open(self, name: str) -> int:
         path = self.path / name
@@ -224,6 +239,18 @@ class PeftFolder:
         return header
 
 
+class _Restful(dict[str, "torch.Tensor"]):
+    """Tensors by name. Work goes from one to the next, so looking one up is the time to rest."""
+
+    def __init__(self, rest: Callable[[], None]) -> None:
+        super().__init__()
+        self._rest = rest
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self._rest()
+        return super().__getitem__(name)
+
+
 def read_header(folder: str | Path, limits: Limits | None = None) -> Header:
     """Config and tensor header of an adapter folder. Raises InvalidAdapter."""
     with PeftFolder(folder, limits) as files:
@@ -251,18 +278,24 @@ def plan(header: Header, base: BaseInfo, limits: Limits | None = None) -> Adapte
 
 
 def read(
-    folder: str | Path, base: BaseInfo, digest: str | None = None, limits: Limits | None = None
+    folder: str | Path,
+    base: BaseInfo,
+    digest: str | None = None,
+    limits: Limits | None = None,
+    room: Room | None = None,
+    rest: Callable[[], None] | None = None,
 ) -> tuple[Lowered, str]:
     """Read, check and lower an adapter -> its runtime forms and the hash of its tensor bytes.
 
     With `digest`, the folder must still be what it was when it was registered. Raises
-    AdapterError (code "adapter_changed") if not, and as `plan` does.
+    AdapterError (code "adapter_changed") if not, and as `plan` does. With `room`, the forms may
+    lie in the buffer it gives; `rest` is called between bits of work.
     """
     with PeftFolder(folder, limits) as files:
         if digest is not None and files.digest != digest:
             raise changed(folder)
         plan(files.header, base, limits)
-        tensors, content = files.tensors()
+        tensors, content = files.tensors(room, rest)
         config = files.header.config
     return adapter_format(config).lower(config, tensors, base), content
 
@@ -296,8 +329,22 @@ def _hash(*parts: bytes) -> str:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """No NaN and no Inf (aminmax passes NaN on, and is many times faster than isfinite)."""
-    return not tensor.numel() or all(math.isfinite(value.item()) for value in tensor.aminmax())
+    """No NaN and no Inf. In numpy, piece by piece: torch would wake a thread on every core for it,
+    and those are busy with other people's requests."""
+    import numpy as np
+    import torch
+
+    flat = tensor.reshape(-1)
+    if flat.dtype == torch.float32:
+        values = flat.numpy()
+        return all(
+            math.isfinite(values[i : i + _PIECE].max()) and math.isfinite(values[i : i + _PIECE].min())
+            for i in range(0, len(values), _PIECE)
+        )
+    # without the sign: all ones in the exponent, or more, is not a number
+    bits = flat.view(torch.int16).numpy().view(np.uint16)
+    limit = 0x7F80 << 1 if flat.dtype == torch.bfloat16 else 0x7C00 << 1
+    return all((bits[i : i + _PIECE] << 1).max() < limit for i in range(0, len(bits), _PIECE))
 
 
 def _stamp(config: os.stat_result, tensors: os.stat_result) -> str:

@@ -2,7 +2,8 @@
 
 The engine thread owns the store. `load` reserves pages at once; a small pool of loader threads
 reads, checks, lowers and copies into them; `poll` applies what they finished. So a load costs
-the engine a table entry, and pages are never promised twice. An adapter in use is never moved
+the engine a table entry, pages are never promised twice, and while it computes loaders take only
+a small share of the machine (`_rest`). An adapter in use is never moved
 or freed, and one that is idle stays until somebody needs its pages more.
 
 Everything is keyed by the digest: two names of one folder share their rows.
@@ -12,10 +13,10 @@ from __future__ import annotations
 
 import collections
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ from chiliad.observe import EngineMetrics
 log = logging.getLogger(__name__)
 
 _COMPOSED = 1024  # compositions whose rows are kept ready
+_SHARE = 0.2  # of a core that a loader takes while the engine computes
+_STINT = 5e-4  # seconds of work between two rests
+_ROOM = 2**26  # bytes of file contents for which a loader thread keeps its buffer
 
 
 class AdapterStore(Residents):
@@ -66,6 +70,10 @@ class AdapterStore(Residents):
         self._composed: collections.OrderedDict[tuple[tuple[str, float], ...], AdapterRows] = (
             collections.OrderedDict()
         )
+        self._fetching: set[Entry] = set()
+        self._local = threading.local()  # of each loader thread
+        #: whether the engine computes, so that loaders should leave it most of the machine
+        self.busy = False
         self._loaders = ThreadPoolExecutor(max_workers=loaders, thread_name_prefix="adapter-loader")
 
     def close(self) -> None:
@@ -132,6 +140,7 @@ class AdapterStore(Residents):
         return self._pack(self._ranks(version)).num_pages
 
     def _begin(self, entry: Entry, version: AdapterVersion, pages: np.ndarray) -> None:
+        self._fetching.add(entry)
         self._loaders.submit(self._fetch, entry, version, pages)
 
     def _accept(self, done: Done) -> AdapterRows:
@@ -167,8 +176,11 @@ class AdapterStore(Residents):
     def _fetch(self, entry: Entry, version: AdapterVersion, pages: np.ndarray) -> None:
         """Loader thread: from files to pages. Touches nothing of the store but `_done`."""
         rows, content, error, began = None, "", None, self._clock()
+        self._local.rested = time.thread_time()
         try:
-            lowered, content = peft.read(version.path, self._base, version.digest, self._limits)
+            lowered, content = peft.read(
+                version.path, self._base, version.digest, self._limits, self._room, self._rest
+            )
             rows = self._write(lowered, pages)
         except ChiliadError as refused:
             error = refused
@@ -179,6 +191,7 @@ class AdapterStore(Residents):
         except Exception as bug:
             log.exception("loading adapter %s failed", version)
             error = ChiliadError(f"loading adapter {version} failed: {bug!r}")
+        self._fetching.discard(entry)
         self._done.append(Done(entry, rows, content, self._clock() - began, error))
         self._on_ready()
 
@@ -190,23 +203,46 @@ class AdapterStore(Residents):
             ranks[slot] = len(lowered.low_rank[slot].a)
         packing = self._pack(ranks)
         assert packing.num_pages == len(pages), "what was reserved is not what was read"
-        offsets = packing.offsets(pages)
+        offsets, pieces, starts = packing.offsets(pages), iter(packing.pieces), pages.tolist()
         low_rank, first = {}, 0
         for slot in slots:
+            self._rest()
             pair, rank = lowered.low_rank[slot], ranks[slot]
+            for rows in (pair.a, pair.b):
+                # a small piece of work: torch would not wake other threads for it
+                source = rows.to(self._dtype).contiguous().view(torch.uint8).numpy()
+                done = 0
+                while done < rank:
+                    page, offset, count, stride = next(pieces)
+                    at = starts[page] * packing.page_bytes + offset
+                    place = self._bytes[at : at + count * stride].reshape(count, stride)
+                    place[:, : source.shape[1]] = source[done : done + count]
+                    done += count
             a, b = offsets[first : first + rank], offsets[first + rank : first + 2 * rank]
-            self._copy(pair.a, a)
-            self._copy(pair.b, b)
             low_rank[slot] = LowRankRows(a, b, np.ones(rank, np.float32))
             first += 2 * rank
         return AdapterRows(low_rank, {}, self._dtype)
 
-    def _copy(self, rows: torch.Tensor, offsets: np.ndarray) -> None:
-        """Rows [r, n] to their places, as many at once as lie side by side."""
-        stored = rows.to(self._dtype).contiguous()
-        nbytes = stored.shape[1] * stored.element_size()
-        source = stored.view(torch.uint8).numpy().reshape(-1)
-        breaks = np.flatnonzero(np.diff(offsets) != nbytes) + 1
-        for start, stop in pairwise((0, *breaks.tolist(), len(offsets))):
-            at, size = int(offsets[start]), (stop - start) * nbytes
-            self._bytes[at : at + size] = source[start * nbytes : stop * nbytes]
+    def _room(self, nbytes: int) -> torch.Tensor:
+        """This loader thread's buffer for file contents: fresh memory is dear."""
+        buffer: torch.Tensor | None = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < nbytes:
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            if nbytes <= _ROOM:
+                self._local.buffer = buffer
+        return buffer[:nbytes]
+
+    def _rest(self) -> None:
+        """While the engine computes, a loader thread pauses after every bit of work.
+
+        Alone it takes a fifth of a core, so that those who decode hardly notice; the more loads
+        wait, the larger the share, so that the queue does not wait for the disk's sake.
+        """
+        now = time.thread_time()
+        worked = now - self._local.rested
+        if worked < _STINT:
+            return
+        self._local.rested = now
+        share = _SHARE * max(1, len(self._fetching))
+        if self.busy and share < 1:
+            time.sleep(worked * (1 - share) / share)

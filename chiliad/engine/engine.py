@@ -131,8 +131,8 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._samplers: dict[int, SequenceSampler] = {}  # by id(sequence)
         self._events: list[Event] = []
-        # by digest: removed lately, though requests that resolved them before may still come
-        self._removed: collections.OrderedDict[str, AdapterVersion] = collections.OrderedDict()
+        # digests removed lately, though requests that resolved them before may still come
+        self._removed: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._ended: ChiliadError | None = None  # once the loop has ended: what to tell who comes late
 
     # -- from any thread -----------------------------------------------------------------
@@ -218,7 +218,7 @@ class Engine:
         versions = [v for v in self.registry.remove(name) if not self.registry.knows(v.digest)]
 
         def forget() -> int:
-            self._removed.update((version.digest, version) for version in versions)
+            self._removed.update(dict.fromkeys(version.digest for version in versions))
             while len(self._removed) > _REMOVED:
                 self._removed.popitem(last=False)
             return self.store.remove(versions)
@@ -239,6 +239,7 @@ class Engine:
         plan = self.scheduler.plan()
         for request, error in self.scheduler.take_failures():
             self._fail(request.id, error)
+        self.store.busy = bool(plan.work)
         if plan.work:
             self._compute(plan)
         if self._events:

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -486,6 +487,29 @@ def test_registered_without_a_base(house: House) -> None:
     dora = write_random_adapter(house.root / "y", BASE, 3, config_overrides={"use_dora": True})
     with pytest.raises(InvalidAdapter, match="use_dora"):
         house.store.pages_needed(Registry().add(dora, "y"))
+
+
+def test_loaders_rest_while_the_engine_computes(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, a loader takes a fifth of a core; a crowd of loads takes what it needs."""
+    from chiliad.adapters import store as module
+
+    big, *more = (house.adapter(f"a{i}", 16, targets="all-linear", seed=i) for i in range(6))
+    rests: list[float] = []
+    seconds = iter(range(10**6))
+    clock = SimpleNamespace(sleep=rests.append, thread_time=lambda: float(next(seconds)))
+    monkeypatch.setattr(module, "time", clock)
+    house.load(big)
+    assert not rests
+    house.store.busy = True
+    house.store.remove([big])
+    house.load(big)
+    assert len(rests) > 2 * len(BASE.sites)
+    assert set(rests) == {4.0}  # for each second of work
+    rests.clear()
+    for version in more:
+        house.store.load(version)
+    house.settle(*more)
+    assert min(rests) < 4.0
 
 
 def test_registered_adapters_are_sized_without_their_files(
