@@ -91,7 +91,7 @@ class Ahead {
   CHILIAD_INLINE void take(int lines) {
     while (lines > 0) {
       if (at_ == end_ && !advance()) return;
-      for (; lines > 0 && at_ != end_; --lines, at_ += 64) __builtin_prefetch(at_, 0, 2);
+      for (; lines > 0 && at_ != end_; --lines, at_ += 64) __builtin_prefetch(at_, 0, 1);
     }
   }
 
@@ -205,12 +205,12 @@ void score_rows(const AttentionCall& call, const Round& round, const float* q, f
   const std::int64_t width = padded(call.head_dim);
   int s = 0;
   for (; s + kCount <= round.count; s += kCount) {
-    ahead.take(lines * kCount);
+    ahead.take(lines * kCount / kStrips);
     score_block<KV, kRows, kCount>(q, call.head_dim, width, round.k + s, call.block_tokens, scores + s * kStrip);
   }
   if constexpr (kCount > 1)
     for (; s < round.count; ++s) {
-      ahead.take(lines);
+      ahead.take(lines / kStrips);
       score_block<KV, kRows, 1>(q, call.head_dim, width, round.k + s, call.block_tokens, scores + s * kStrip);
     }
 }
@@ -255,10 +255,10 @@ CHILIAD_INLINE void mix_block(const Round& round, const float* weights, int head
 template <class KV, int kRows>
 void mix_rows(const AttentionCall& call, const Round& round, const float* weights, float* values, Ahead& ahead, int lines) {
   constexpr int kCount = mix_vectors(kRows);
-  const int head_dim = call.head_dim, per_vector = lines * kStrips * kLanes / most(head_dim, kLanes);
+  const int head_dim = call.head_dim;
   int d = 0;
   for (; d + kCount * kLanes <= head_dim; d += kCount * kLanes) {
-    ahead.take(per_vector * kCount);
+    ahead.take(lines * kCount * kLanes / head_dim);
     mix_block<KV, kRows, kCount>(round, weights, head_dim, d, values);
   }
   for (; d + kLanes <= head_dim; d += kLanes) mix_block<KV, kRows, 1>(round, weights, head_dim, d, values);
@@ -355,9 +355,11 @@ struct FloatPath {
     row_blocks(rows, [&](int r, auto size) {
       score_rows<KV, decltype(size)::value>(call, round, q + r * width, at.weights + r * kStepTokens, ahead, r ? 0 : lines);
     });
+    ahead.take(lines);
     for (int r = 0; r < rows; ++r)
-      soften(at.weights + r * kStepTokens, seen(call, position_of(call, tile, r), round),
-             round.count * kStrip, state.maximum + r, state.sums + r * kStrip, state.values + r * call.head_dim);
+      soften(at.weights + r * kStepTokens, seen(call, position_of(call, tile, r), round), round.count * kStrip,
+             state.maximum + r, state.sums + r * kStrip, state.values + r * call.head_dim);
+    ahead.take(lines);
     row_blocks(rows, [&](int r, auto size) {
       mix_rows<KV, decltype(size)::value>(call, round, at.weights + r * kStepTokens, state.values + r * call.head_dim,
                                           ahead, r ? 0 : lines);
@@ -476,7 +478,9 @@ struct TilePath {
   void round(int head, const Round& round, State state, Ahead& ahead, int lines) const {
     if (strips == 1) configure(0);
     rows > 16 ? score<true>(queries(head), round, ahead, lines) : score<false>(queries(head), round, ahead, lines);
+    ahead.take(lines);
     soften(round, state);
+    ahead.take(lines);
     if (strips == 1) configure(1);
     rows > 16 ? mix<true>(round, state.values, ahead, lines) : mix<false>(round, state.values, ahead, lines);
   }
@@ -489,7 +493,7 @@ struct TilePath {
     memory_is_read(q);
     for (int s = 0; s < round.count; s += 2) {
       const bool pair = s + 1 < round.count;
-      ahead.take(lines * 2);
+      ahead.take(lines * 2 / kStrips);
       const char *k = round.k[s], *k2 = round.k[pair ? s + 1 : s];
       float *to = at.weights + s * kStrip, *to2 = to + 16 * kStepTokens;
       _tile_zero(0);
@@ -588,11 +592,10 @@ struct TilePath {
   void mix(const Round& round, float* values, Ahead& ahead, int lines) const {
     const std::int64_t stride = std::int64_t{call.head_dim} * 4;
     constexpr std::int64_t kBytes = kStepTokens * 4;
-    const int per_tile = lines * kStrips * 32 / call.head_dim;
     const bf16 *w = reinterpret_cast<const bf16*>(at.weights), *w2 = w + 32 * kStepTokens;
     memory_is_read(w);
     for (int d = 0; d < call.head_dim; d += 32) {
-      ahead.take(per_tile);
+      ahead.take(lines * 32 / call.head_dim);
       float *to = values + d, *to2 = to + 16 * call.head_dim;
       _tile_loadd(0, to, stride);
       _tile_loadd(1, to + 16, stride);
@@ -682,8 +685,8 @@ void run_tile(const AttentionCall& call, const AttentionTile& tile, const Attent
     return State((partial != nullptr ? partial : one ? at.total : at.state) + (head - tile.head_begin) * size);
   };
   Ahead ahead(call, tile, next);
-  // Prefill tiles compute far longer than they load.
-  const int lines = rows <= 16 ? ahead.per_round(heads) / (2 * kStrips) + 1 : 0;
+  // Lines to fetch in each quarter of a round. Prefill tiles compute far longer than they load.
+  const int lines = rows <= 16 ? ahead.per_round(heads) / 4 + 1 : 0;
   if (!one)
     for (int head = tile.head_begin; head < tile.head_end; ++head) clear(total(head), rows, call.head_dim);
   for (int split = tile.first_split; split < tile.last_split; ++split) {
