@@ -125,7 +125,7 @@ void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, 
       ops.tile(call, items[i], i + 1 < num_items ? items + i + 1 : nullptr, mine,
                i < num_parts ? partial + state * i : nullptr);
     if (num_parts == 0) return;
-    threads.barrier();
+    threads.wait(0);
     for (int i; (i = threads.next(1, worker)) >= 0;) ops.merge(call, longs[i], mine, partial + state * first[i]);
   });
 }

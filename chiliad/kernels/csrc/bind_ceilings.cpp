@@ -46,7 +46,7 @@ double multiply_rate(Kernels& kernels, bool bfloat16, int repeats) {
   std::lock_guard lock(kernels.busy);
   double best = 0, flops = 0;
   for (int i = 0; i < repeats; ++i) {
-    const double time = seconds([&] { flops = ceiling_ops(kernels.isa).multiply(kernels.threads, bfloat16, 100000); });
+    const double time = seconds([&] { flops = ceiling_ops(kernels.isa).multiply(kernels.threads, bfloat16, 20000); });
     best = std::max(best, flops / time);
   }
   return best;

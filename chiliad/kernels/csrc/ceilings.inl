@@ -1,4 +1,6 @@
 // What this machine can do at best: the ceilings that benchmarks stand beside.
+#include <atomic>
+
 #include "ceilings.h"
 #include "simd.h"
 
@@ -29,62 +31,77 @@ float read_all(ThreadPool& threads, const float* data, std::size_t count, int ah
   return total;
 }
 
-// Multiply-adds from registers only. Returns the number of flops of all threads.
-double multiply(ThreadPool& threads, [[maybe_unused]] bool bfloat16, int rounds) {
-  double per_round = 0;
-  threads.run([&](int worker) {
 #if defined(__AMX_BF16__)
-    if (bfloat16) {
-      struct alignas(64) Config {
-        std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      };
-      const Config config;
-      __asm__ volatile("" : : "r"(&config) : "memory");
-      _tile_loadconfig(&config);
-      _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-      _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);
-      for (int i = 0; i < rounds; ++i) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-      }
-      _tile_release();
-      if (worker == 0) per_round = 4.0 * 2 * 16 * 16 * 32;
-      return;
-    }
-#elif defined(__AVX512BF16__)
-    if (bfloat16) {
-      __m512 sum[16];
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(rounds);
-      for (int i = 0; i < 16; ++i) sum[i] = _mm512_setzero_ps();
-      for (int k = 0; k < rounds; ++k)
-        for (int i = 0; i < 16; ++i) {
-          sum[i] = _mm512_dpbf16_ps(sum[i], x, x);
-          __asm__ volatile("" : "+v"(sum[i]));
-        }
-      if (worker == 0) per_round = 16.0 * 2 * 32;
-      return;
-    }
+
+double multiply_tiles(int rounds) {
+  struct alignas(64) Config {
+    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  const Config config;
+  __asm__ volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+  _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+  _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);
+  for (int i = 0; i < rounds; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return 4.0 * 2 * 16 * 16 * 32 * rounds;
+}
+
 #endif
-    constexpr int kSums = kLanes == 16 ? 16 : 12;
-    Vec sum[kSums];
-    for (int i = 0; i < kSums; ++i) sum[i] = vset(static_cast<float>(i));
+
+// Twelve independent chains of multiply-adds. Each round is opaque to the compiler.
+template <class V, class Step>
+void chains(V (&sum)[12], int rounds, const Step& step) {
+  V a = sum[0], b = sum[1], c = sum[2], d = sum[3], e = sum[4], f = sum[5];
+  V g = sum[6], h = sum[7], i = sum[8], j = sum[9], k = sum[10], l = sum[11];
+  for (int round = 0; round < rounds; ++round) {
+    step(a); step(b); step(c); step(d); step(e); step(f);
+    step(g); step(h); step(i); step(j); step(k); step(l);
+  }
+  sum[0] = (a + b) + (c + d) + (e + f) + (g + h) + (i + j) + (k + l);
+}
+
+double multiply_vectors([[maybe_unused]] bool bfloat16, int rounds) {
+  Vec sum[12];
+  for (int i = 0; i < 12; ++i) sum[i] = vset(static_cast<float>(i));
+  double flops = 12 * 2.0 * kLanes;
+#if defined(__AVX512BF16__)
+  if (bfloat16) {
+    const __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f7f3f7f);
+    chains(sum, rounds, [&](__m512& s) { s = _mm512_dpbf16_ps(s, x, x); });
+    flops *= 2;
+  } else
+#endif
+  {
     const Vec x = vset(0.999f);
-    for (int k = 0; k < rounds; ++k)
-      for (int i = 0; i < kSums; ++i) {
-        sum[i] = vfma(sum[i], x, x);
-#if defined(__x86_64__)
-        __asm__ volatile("" : "+v"(sum[i]));
+    chains(sum, rounds, [&](Vec& s) { s = vfma(s, x, x); });
+  }
+  volatile float keep = vsum(sum[0]);
+  static_cast<void>(keep);
+  return flops * rounds;
+}
+
+// Multiply-adds from registers only. Returns the number of flops of all threads.
+double multiply(ThreadPool& threads, bool bfloat16, int rounds) {
+  std::atomic<double> flops{0};
+  threads.share(0, 16 * threads.size());
+  threads.run([&](int worker) {
+    while (threads.next(0, worker) >= 0) {
+#if defined(__AMX_BF16__)
+      flops += bfloat16 ? multiply_tiles(rounds) : multiply_vectors(false, rounds);
 #else
-        __asm__ volatile("" : "+w"(sum[i]));
+      flops += multiply_vectors(bfloat16, rounds);
 #endif
-      }
-    if (worker == 0) per_round = kSums * 2.0 * kLanes;
+    }
   });
-  return per_round * rounds * threads.size();
+  return flops;
 }
 
 }  // namespace

@@ -32,7 +32,9 @@ class Kernels {
   Kernels(const std::string& isa, int threads) : isa(choose_isa(isa)), threads(threads) {}
 
   const Isa isa;
-  ThreadPool threads;
+  std::shared_ptr<std::byte> reading;  // what idle threads may be reading ahead
+  std::shared_ptr<struct Following> last;  // of the linear that was projected last
+  ThreadPool threads;  // after what its threads use
   Arena arena;
   std::mutex busy;  // one op at a time: hold it while using threads or scratch
 

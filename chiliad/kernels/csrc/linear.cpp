@@ -308,7 +308,13 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
   if (ops.turned && !f32 && bf16_rows) plan.turned = kernels.scratch(kTurned, plan.tile_bytes * row_tiles);
   plan.work_bytes = work_bytes(linear.k_padded) / 64 * 64;
   plan.work = kernels.scratch(kWork, plan.work_bytes * kernels.threads.size());
+  constexpr int kDecoding = 64;  // rows; beyond, reading weights hardly matters
+  if (kernels.last && kernels.last->weights != linear.weights)
+    *kernels.last = {linear.weights, linear.panel_bytes, linear.num_panels};
+  kernels.last = linear.following;
+  plan.following = rows <= kDecoding ? linear.following.get() : nullptr;
   ops.project(plan);
+  if (plan.following) kernels.reading = linear.following->weights;  // the threads have let go of the one before
 }
 
 void norm(Kernels& kernels, const float* x, int rows, int features, const Norm& norm, float* y, bool add) {

@@ -42,6 +42,14 @@ struct Block {
   int out;         // first column within y
 };
 
+// What was projected after a linear the last time (models repeat themselves): its weights are read
+// ahead while threads wait for the next call.
+struct Following {
+  std::shared_ptr<std::byte> weights;
+  std::size_t panel_bytes = 0;
+  int num_panels = 0;
+};
+
 struct PackedLinear {
   DType dtype;
   int in_features, out_features, k_padded;
@@ -53,6 +61,7 @@ struct PackedLinear {
   std::shared_ptr<std::byte> weights;  // [num_panels][panel_bytes]
   std::vector<float> bias;   // [num_panels * 32], or empty
   std::vector<float> scale;  // int8: [num_panels * 32]
+  std::shared_ptr<Following> following = std::make_shared<Following>();
   std::size_t nbytes() const { return panel_bytes * num_panels; }
 };
 
@@ -131,6 +140,8 @@ struct ProjectPlan {
   const Task* tasks;
   int num_tasks;
   float* delta;  // [rows][out_features]: z B of rows with low rank, or null: the epilogue computes it
+
+  const Following* following;  // or null
 
   std::byte* work;  // per worker: work_bytes
   std::size_t work_bytes;

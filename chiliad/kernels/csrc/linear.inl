@@ -1,6 +1,6 @@
 // `project` and `norm` for one instruction set; see linear.h for the layouts.
 //
-// project runs in three phases with a barrier between them:
+// project runs in three phases, each waiting for the one before:
 //   0  inputs: normalise rows, round them, lay them out in tiles
 //   1  low rank: z = scale * (A x) for every segment and projection, each rank row read once;
 //      with few rows also delta = z B, because walking whole rows of B suits the memory
@@ -949,6 +949,18 @@ int chunk_rows(const ProjectPlan& plan) {
   return rows < kMost ? rows : kMost;
 }
 
+// While it waits for the next call, the worker reads the start of its share of the weights that
+// will probably come then.
+void read_ahead(const ProjectPlan& plan, int worker) {
+  constexpr std::size_t kMost = 256 * 1024;  // what a gap of some 15 us can read
+  const Following* next = plan.following;
+  if (!next || !next->weights) return plan.threads->read_ahead(worker, nullptr, 0);
+  const std::int64_t panels = next->num_panels, size = plan.threads->size();
+  const std::int64_t first = panels * worker / size, last = panels * (worker + 1) / size;
+  const std::size_t bytes = static_cast<std::size_t>(last - first) * next->panel_bytes;
+  plan.threads->read_ahead(worker, next->weights.get() + first * next->panel_bytes, (bytes < kMost ? bytes : kMost) / 1024 * 1024);
+}
+
 void project(const ProjectPlan& plan) {
   ThreadPool& threads = *plan.threads;
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile, chunk = chunk_rows(plan);
@@ -963,13 +975,13 @@ void project(const ProjectPlan& plan) {
     enter();
     if (prepare) {
       for (int i; (i = threads.next(0, worker)) >= 0;) input_tile(plan, i);
-      threads.barrier();
+      threads.wait(0);
     }
     if (plan.num_tasks) {
       while (const ThreadPool::Run run = threads.take(1, worker, 4))
         for (int i = run.first; i < run.last; ++i)
           low_rank(plan, plan.tasks[i], i + 1 < plan.num_tasks ? &plan.tasks[i + 1] : nullptr, work);
-      threads.barrier();
+      threads.wait(1);
     }
     while (const ThreadPool::Run run = threads.take(2, worker, most))
       for (int i = run.first; i < run.last;) {  // item = chunk of rows, panel
@@ -980,6 +992,7 @@ void project(const ProjectPlan& plan) {
         i += panels;
       }
     leave();
+    if (worker > 0) read_ahead(plan, worker);
   });
 }
 
