@@ -1,0 +1,347 @@
+// The products of phase 2: rows of input times a panel of weights.
+#pragma once
+
+#include "linear_common.h"
+
+namespace chiliad {
+namespace {
+
+// ---- phase 2: weights stored in fewer bits ----
+
+CHILIAD_INLINE float half_to_float(std::uint16_t h) {
+  const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16, magnitude = h & 0x7fffu;
+  if (magnitude < 0x400) {  // subnormal: a multiple of 2^-24
+    const float y = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign ? -y : y;
+  }
+  const std::uint32_t bits = sign | ((magnitude << 13) + 0x38000000u);
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// One tile of int4: 16 rows of 32 elements, times the scale of their column.
+void unpack_int4(const std::byte* from, bf16* to) {
+#if defined(__AVX512F__)
+  const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 256)));
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512 low_scale = _mm512_permutexvar_ps(twice, scale);
+  const __m512 high_scale = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
+  const __m512 levels = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
+  for (int i = 0; i < 16; ++i, to += 32) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)));
+    const __m512 low = _mm512_permutexvar_ps(bytes, levels) * low_scale;  // looks at 4 bits only
+    const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels) * high_scale;
+#if defined(__AVX512BF16__)
+    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
+    std::memcpy(to, &both, 64);
+#else
+    vstore_bf16(to, low);
+    vstore_bf16(to + 16, high);
+#endif
+  }
+#else
+  float scale[32];
+  for (int n = 0; n < 16; ++n) {
+    std::uint16_t h;
+    std::memcpy(&h, from + 256 + 2 * n, 2);
+    scale[2 * n] = scale[2 * n + 1] = half_to_float(h);
+  }
+  for (int i = 0; i < 16; ++i, to += 32) {
+    std::int8_t level[32];
+    for (int e = 0; e < 16; ++e) {
+      const int byte = static_cast<int>(from[16 * i + e]);
+      level[e] = static_cast<std::int8_t>((byte & 15) - 8);
+      level[16 + e] = static_cast<std::int8_t>((byte >> 4) - 8);
+    }
+    for (int e = 0; e < 32; e += kLanes) vstore_bf16(to + e, vload(level + e) * vload(scale + e));
+  }
+#endif
+}
+
+// One tile of int8: 16 rows of 16 even, then 16 odd elements. Whole numbers up to 127 are exact.
+void unpack_int8(const std::byte* from, bf16* to) {
+  const auto* p = reinterpret_cast<const std::int8_t*>(from);
+#if defined(__AVX512F__)
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  for (int i = 0; i < 16; ++i, p += 32, to += 32) {
+    const __m512i even = _mm512_srli_epi32(_mm512_castps_si512(vload(p)), 16);
+    const __m512i odd = _mm512_castps_si512(vload(p + 16));
+    _mm512_store_si512(to, _mm512_ternarylogic_epi32(upper, odd, even, 0xea));  // (upper & odd) | even
+  }
+#else
+  for (int i = 0; i < 16; ++i, p += 32)
+    for (int n = 0; n < 16; ++n) {
+      *to++ = to_bf16(p[n]);
+      *to++ = to_bf16(p[16 + n]);
+    }
+#endif
+}
+
+// Tiles 2 step and 2 step + 1 of a panel. What is needed a little later is fetched.
+CHILIAD_INLINE void unpack_pair(DType dtype, const std::byte* panel, int step, std::byte* to) {
+  const int bytes = 2 * (dtype == DType::int4 ? kInt4Tile : 512), half = bytes / 2;
+  const std::byte* from = panel + static_cast<std::size_t>(step) * bytes;
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + 2048 + line, 0, 2);
+  for (int i = 0; i < 2; ++i)
+    if (dtype == DType::int4)
+      unpack_int4(from + i * half, reinterpret_cast<bf16*>(to) + i * 512);
+    else
+      unpack_int8(from + i * half, reinterpret_cast<bf16*>(to) + i * 512);
+}
+
+// ---- phase 2: panels ----
+
+// c[R][32] = a[R][K] * panel; float32. Rows of c are kStride apart. Each output is a sum of sums over
+// kSum neighbours of k: fixed boundaries keep rows independent, short sums keep the rounding error
+// of a long dot product near that of a pairwise one.
+template <int R>
+void gemm_f32(const float* a, std::size_t lda, const float* b, int k_count, float* c) {
+  constexpr int V = 2 * kVecs, kSum = 64;
+  for (int first = 0; first < k_count; first += kSum) {
+    const int stop = first + kSum < k_count ? first + kSum : k_count;
+    Vec sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sum[r][v] = vset(0.0f);
+    for (int k = first; k < stop; ++k, b += kPanel) {
+      Vec row[R];
+      for (int r = 0; r < R; ++r) row[r] = vset(a[r * lda + k]);
+      for (int v = 0; v < V; ++v) {
+        const Vec w = vload(b + v * kLanes);
+        for (int r = 0; r < R; ++r) sum[r][v] = vfma(row[r], w, sum[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* to = c + r * kStride + v * kLanes;
+        vstore(to, first ? vload(to) + sum[r][v] : sum[r][v]);
+      }
+  }
+}
+
+// The same for bfloat16 weights in pairs of k.
+#if defined(__AVX512BF16__)
+
+template <int R>
+void gemm_bf16(const std::byte* a, const std::byte* b, int k_padded, float* c) {
+  __m512 sum[R][2];
+  for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+  for (int k = 0; k < k_padded; k += 32, a += 1024, b += 2048)
+    for (int i = 0; i < 16; ++i) {
+      const __m512bh w0 = (__m512bh)_mm512_load_si512(b + i * 64);
+      const __m512bh w1 = (__m512bh)_mm512_load_si512(b + 1024 + i * 64);
+      for (int r = 0; r < R; ++r) {
+        int pair;
+        std::memcpy(&pair, a + r * 64 + i * 4, 4);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, w0);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, w1);
+      }
+    }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) vstore(c + r * kStride + v * kLanes, sum[r][v]);
+}
+
+#else
+
+// The even and odd element of each pair, as floats.
+#if defined(__AVX512F__)
+CHILIAD_INLINE void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+  const __m512i both = _mm512_loadu_si512(p);
+  even = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+  odd = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+#elif defined(__AVX2__)
+CHILIAD_INLINE void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+  odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+#else
+CHILIAD_INLINE void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+  for (int i = 0; i < kLanes; ++i) {
+    even[i] = to_float(p[2 * i]);
+    odd[i] = to_float(p[2 * i + 1]);
+  }
+}
+#endif
+
+template <int R>
+void gemm_bf16(const std::byte* tile, const std::byte* panel, int k_padded, float* c) {
+  constexpr int V = 2 * kVecs;
+  const float* a = reinterpret_cast<const float*>(tile);
+  const bf16* b = reinterpret_cast<const bf16*>(panel);
+  Vec sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = vset(0.0f);
+  for (int k = 0; k < k_padded; k += 2) {
+    // pair k/2 of each block: [k / 32][block][16 pairs][16 columns][2]
+    const bf16* pairs = b + k / 32 * 1024 + k % 32 * 16;
+    for (int v = 0; v < V; ++v) {
+      Vec even, odd;
+      load_pairs(pairs + v / kVecs * 512 + v % kVecs * 2 * kLanes, even, odd);
+      for (int r = 0; r < R; ++r) {
+        const float* row = a + static_cast<std::size_t>(r) * k_padded + k;
+        sum[r][v] = vfma(vset(row[0]), even, sum[r][v]);
+        sum[r][v] = vfma(vset(row[1]), odd, sum[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) vstore(c + r * kStride + v * kLanes, sum[r][v]);
+}
+
+#endif
+
+#if defined(__AMX_BF16__)
+
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+void enter() {
+  const TileConfig config;
+  __asm__ volatile("" : : "r"(&config) : "memory");  // gcc 12 believes only 8 bytes of it are read
+  _tile_loadconfig(&config);
+}
+
+void leave() { _tile_release(); }
+
+// A quarter of the pair of weight tiles that comes next, every other line (the L2 cache fetches
+// lines in pairs). Spread between the tile instructions, because a bunch of prefetches would fill
+// the load buffers and stall; and close, because further away only these few buffers (and not
+// the L2 cache's own prefetcher) would do the work.
+CHILIAD_INLINE void fetch(const std::byte* b, int quarter) {
+  constexpr int kAhead = 2048;  // bytes, measured: 1 to 3 KB are equal, more is worse
+  for (int line = 0; line < 512; line += 128) _mm_prefetch(b + kAhead + quarter * 512 + line, _MM_HINT_T1);
+}
+
+// Up to 32 rows: c[32][32] = tiles (a0, a1) * panel. First: the panel comes from memory; else it
+// stays in the L1 cache, which the inputs are read past.
+template <bool Two, bool First>
+void gemm_amx(const std::byte* a0, const std::byte* a1, const std::byte* b, int k_padded, float* c) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (Two) _tile_zero(2);
+  if (Two) _tile_zero(3);
+  for (int k = 0; k < k_padded; k += 32, a0 += 1024, a1 += 1024, b += 2048) {
+    if (First) _tile_loadd(4, a0, 64);
+    else _tile_stream_loadd(4, a0, 64);
+    _tile_loadd(6, b, 64);
+    if (First) fetch(b, 0);
+    _tile_dpbf16ps(0, 4, 6);
+    if (First) fetch(b, 1);
+    _tile_loadd(7, b + 1024, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (First) fetch(b, 2);
+    if (Two && First) _tile_loadd(5, a1, 64);
+    if (Two && !First) _tile_stream_loadd(5, a1, 64);
+    if (Two) _tile_dpbf16ps(2, 5, 6);
+    if (First) fetch(b, 3);
+    if (Two) _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, c, kStride * 4);
+  _tile_stored(1, c + 16, kStride * 4);
+  if (Two) _tile_stored(2, c + 16 * kStride, kStride * 4);
+  if (Two) _tile_stored(3, c + 16 * kStride + 16, kStride * 4);
+}
+
+// The same with weights to unpack: multiply step k - 2 while step k is unpacked, so that neither
+// memory nor the tile unit waits. Keep: leave the whole panel in room (else it is a ring).
+template <bool Two, bool Keep>
+void gemm_amx_unpack(DType dtype, const std::byte* a0, const std::byte* a1, const std::byte* panel, std::byte* room,
+                     int k_padded, float* c) {
+  constexpr int kLag = 2, kMask = Keep ? -1 : 3;
+  const int steps = k_padded / 32;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (Two) _tile_zero(2);
+  if (Two) _tile_zero(3);
+  for (int k = 0; k < steps + kLag; ++k) {
+    if (k < steps) unpack_pair(dtype, panel, k, room + (k & kMask) * 2048);
+    if (k < kLag) continue;
+    const std::byte* b = room + ((k - kLag) & kMask) * 2048;
+    _tile_loadd(4, a0, 64);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + 1024, 64);
+    _tile_dpbf16ps(1, 4, 7);
+    if (Two) _tile_loadd(5, a1, 64);
+    if (Two) _tile_dpbf16ps(2, 5, 6);
+    if (Two) _tile_dpbf16ps(3, 5, 7);
+    a0 += 1024;
+    a1 += 1024;
+  }
+  _tile_stored(0, c, kStride * 4);
+  _tile_stored(1, c + 16, kStride * 4);
+  if (Two) _tile_stored(2, c + 16 * kStride, kStride * 4);
+  if (Two) _tile_stored(3, c + 16 * kStride + 16, kStride * 4);
+}
+
+#else
+
+void enter() {}
+void leave() {}
+
+#endif
+
+// c[rows][32] for up to 16 rows of one input tile.
+void gemm_tile(const ProjectPlan& plan, const std::byte* tile, const std::byte* panel, int rows, float* c) {
+  const bool f32 = plan.dtype == DType::float32;
+  const float* a = reinterpret_cast<const float*>(tile);
+  const float* b = reinterpret_cast<const float*>(panel);
+  const std::size_t lda = f32 ? plan.in_features : plan.k_padded;
+  auto pass = [&]<int R>(int r) {
+    if (f32)
+      gemm_f32<R>(a + r * lda, lda, b, plan.in_features, c + r * kStride);
+    else
+      gemm_bf16<R>(kBf16Tiles ? tile + r * 64 : tile + r * lda * 4, panel, plan.k_padded, c + r * kStride);
+  };
+  int r = 0;
+  for (; r + kRows <= rows; r += kRows) pass.template operator()<kRows>(r);
+  if constexpr (kRows > 4)
+    for (; r + 4 <= rows; r += 4) pass.template operator()<4>(r);
+  if constexpr (kRows > 2)
+    for (; r + 2 <= rows; r += 2) pass.template operator()<2>(r);
+  for (; r < rows; ++r) pass.template operator()<1>(r);
+}
+
+// How a panel reaches the GEMM.
+enum class Source {
+  memory,    // as bfloat16 or float32, for the first time: fetch ahead
+  cache,     // as bfloat16 or float32
+  packed,    // int8 or int4, for the only time
+  unpacked,  // int8 or int4, for the first time: leave the unpacked panel in `room`
+};
+
+// c[rows][32] for up to 32 rows from `row` (a multiple of 16), with the inputs of projection p.
+void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* panel, Source source, std::byte* room, float* c) {
+  const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
+  const std::byte* const* tiles = plan.tiles + p * row_tiles + row / kRowTile;
+#if defined(__AMX_BF16__)
+  if (plan.dtype != DType::float32) {
+    const bool two = rows > kRowTile;
+    if (source == Source::memory || source == Source::cache) {
+      const bool fetch = source == Source::memory;
+      auto* call = two ? (fetch ? gemm_amx<true, true> : gemm_amx<true, false>)
+                       : (fetch ? gemm_amx<false, true> : gemm_amx<false, false>);
+      return call(tiles[0], tiles[two], panel, plan.k_padded, c);
+    }
+    const bool keep = source == Source::unpacked;
+    auto* call = two ? (keep ? gemm_amx_unpack<true, true> : gemm_amx_unpack<true, false>)
+                     : (keep ? gemm_amx_unpack<false, true> : gemm_amx_unpack<false, false>);
+    return call(plan.dtype, tiles[0], tiles[two], panel, room, plan.k_padded, c);
+  }
+#endif
+  if (source == Source::packed || source == Source::unpacked) {
+    for (int step = 0; step < plan.k_padded / 32; ++step) unpack_pair(plan.dtype, panel, step, room + step * 2048);
+    panel = room;
+  }
+  gemm_tile(plan, tiles[0], panel, rows < kRowTile ? rows : kRowTile, c);
+  if (rows > kRowTile) gemm_tile(plan, tiles[1], panel, rows - kRowTile, c + kRowTile * kStride);
+}
+
+}  // namespace
+}  // namespace chiliad

@@ -1,0 +1,289 @@
+// Phase 1 of a projection: the low rank parts, z = scale * (A x) and, with few rows, delta = z B.
+#pragma once
+
+#include "linear_inputs.inl"
+
+namespace chiliad {
+namespace {
+
+// ---- phase 1: low rank ----
+
+// Memory that will be needed soon, fetched line by line between other work.
+struct Fetch {
+  const std::uint8_t* at = nullptr;
+  int lines = 0;
+};
+
+// The first of `count` rows at these offsets, as far as they lie back to back (as a rule, all).
+Fetch fetch_rows(const std::uint8_t* arena, const std::int64_t* at, int count, int row_bytes) {
+  const std::int64_t stride = (row_bytes + 63) / 64 * 64;
+  if (count > 0 && at[count - 1] - at[0] != (count - 1) * stride) {
+    int n = 1;
+    while (at[n] - at[n - 1] == stride) ++n;
+    count = n;
+  }
+  return {arena + at[0], static_cast<int>(count * stride / 64)};
+}
+
+CHILIAD_INLINE void fetch_lines(const std::uint8_t*& at, int count) {
+  for (int i = 0; i < count; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+  at += 64 * count;
+}
+
+// z[rank][R] * B[rank][16 NB columns], summed over ranks in their order, is added to `to` (or
+// stored there). Blocks are `step` floats apart, rows `stride`.
+template <class T, int R, int NB, bool Add>
+void expand(const Use& use, const std::uint8_t* arena, int column, const float* z, float* to, std::size_t stride,
+            int step, const std::uint8_t*& ahead, int lines) {
+  const int ldz = use.stop - use.start;
+  const std::uint8_t* fetched = ahead;
+  Vec sum[R][NB][kVecs];
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) sum[r][b][v] = vset(0.0f);
+  for (int j = 0; j < use.rank; ++j) {
+    if (!Add) fetch_lines(fetched, lines);
+    const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column;
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) {
+        const Vec w = vload(row + b * kBlock + v * kLanes);
+        for (int r = 0; r < R; ++r) sum[r][b][v] = vfma(vset(z[static_cast<std::size_t>(j) * ldz + r]), w, sum[r][b][v]);
+      }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int b = 0; b < NB; ++b)
+      for (int v = 0; v < kVecs; ++v) {
+        float* p = to + r * stride + b * step + v * kLanes;
+        vstore(p, Add ? vload(p) + sum[r][b][v] : sum[r][b][v]);
+      }
+  ahead = fetched;
+}
+
+// The same for a block that is not full.
+template <class T, bool Add>
+void expand_rest(const Use& use, const std::uint8_t* arena, int column, int width, const float* z, float* to) {
+  const int ldz = use.stop - use.start;
+  for (int v = 0; v * kLanes < width; ++v) {
+    const int left = width - v * kLanes < kLanes ? width - v * kLanes : kLanes;
+    Vec sum = vset(0.0f);
+    for (int j = 0; j < use.rank; ++j) {
+      const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column + v * kLanes;
+      sum = vfma(vset(z[static_cast<std::size_t>(j) * ldz]), vload(row, left), sum);
+    }
+    float* p = to + v * kLanes;
+    vstore(p, Add ? vload(p, left) + sum : sum, left);
+  }
+}
+
+// `rows` rows from row `first`, `count` full blocks and `rest` columns.
+template <class T, bool Add>
+void expand_blocks(const Use& use, const std::uint8_t* arena, int column, int count, int rest, int first, int rows,
+                   float* to, std::size_t stride, int step, Fetch next) {
+  constexpr int kMany = 8 / kVecs > 1 ? 8 / kVecs : 1;   // blocks at once for one row
+  constexpr int kFew = kMany > 2 ? kMany / 2 : 1;        // and for four
+  const float* z = use.z + (first - use.start);
+  int lines = 0;
+  if (!Add) {
+    const int passes = ((count + kMany - 1) / kMany) * use.rank;
+    lines = passes ? (next.lines + passes - 1) / passes : 0;
+  }
+  int r = 0;
+  auto pass = [&]<int R, int NB>(int& b) {
+    for (; b + NB <= count; b += NB)
+      expand<T, R, NB, Add>(use, arena, column + b * kBlock, z + r, to + r * stride + b * step, stride, step, next.at, lines);
+  };
+  for (; r + 4 <= rows; r += 4) {
+    int b = 0;
+    if constexpr (kFew > 2) pass.template operator()<4, kFew>(b);
+    if constexpr (kFew > 1) pass.template operator()<4, 2>(b);
+    pass.template operator()<4, 1>(b);
+  }
+  for (; r < rows; ++r) {
+    int b = 0;
+    if constexpr (kMany > 4) pass.template operator()<1, kMany>(b);
+    if constexpr (kMany > 2) pass.template operator()<1, 4>(b);
+    if constexpr (kMany > 1) pass.template operator()<1, 2>(b);
+    pass.template operator()<1, 1>(b);
+  }
+  if (rest)
+    for (r = 0; r < rows; ++r)
+      expand_rest<T, Add>(use, arena, column + count * kBlock, rest, z + r, to + r * stride + count * step);
+}
+
+// Rows of x for shrink: bfloat16 rank rows of a linear that rounds its input see the rounded
+// input, from its tiles; others see x as it is.
+struct PlainRows {
+  const float* x;
+  std::size_t stride;
+  const float* row(int r) const { return x + r * stride; }
+  static const float* at(const float* row, int k) { return row + k; }
+};
+
+struct TileRows {
+  const std::byte* input;
+  std::size_t tile_bytes;
+  const bf16* row(int r) const {
+    return reinterpret_cast<const bf16*>(input + r / kRowTile * tile_bytes + r % kRowTile * 64);
+  }
+  static const bf16* at(const bf16* row, int k) { return row + k / 32 * 512 + k % 32; }
+};
+
+// z[j][r] = scale[j] * (x_r . a_j). One vector of partial sums per output, added up at the end:
+// the order of additions does not depend on R and J.
+template <class T, int R, int J, class X>
+void dots(const std::uint8_t* arena, const std::int64_t* at, const X& x, int first, int n, const float* scale, float* z, int ldz) {
+  const T* a[J];
+  for (int j = 0; j < J; ++j) a[j] = reinterpret_cast<const T*>(arena + at[j]);
+  decltype(x.row(0)) row[R];
+  for (int r = 0; r < R; ++r) row[r] = x.row(first + r);
+  Vec sum[R][J];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j) sum[r][j] = vset(0.0f);
+  const int whole = n / kLanes * kLanes;
+  for (int k = 0; k < whole; k += kLanes) {
+    Vec xs[R];
+    for (int r = 0; r < R; ++r) xs[r] = vload(X::at(row[r], k));
+    for (int j = 0; j < J; ++j) {
+      const Vec v = vload(a[j] + k);
+      for (int r = 0; r < R; ++r) sum[r][j] = vfma(v, xs[r], sum[r][j]);
+    }
+  }
+  if (whole < n)
+    for (int j = 0; j < J; ++j) {
+      const Vec v = vload(a[j] + whole, n - whole);
+      for (int r = 0; r < R; ++r) sum[r][j] = vfma(v, vload(X::at(row[r], whole), n - whole), sum[r][j]);
+    }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j) z[j * ldz + r] = vsum(sum[r][j]) * scale[j];
+}
+
+template <class T, class X>
+void shrink(const ProjectPlan& plan, const Task& task, const X& x) {
+  constexpr int kJ = kLanes == 16 ? 4 : 2;
+  const Use& use = *task.use;
+  const int ldz = use.stop - use.start;
+  auto pass = [&]<int R, int J>(int row, int j) {
+    float* z = use.z + static_cast<std::size_t>(j) * ldz + (row - use.start);
+    dots<T, R, J>(plan.arena, use.a + j, x, row, plan.in_features, use.scale + j, z, ldz);
+  };
+  int row = task.row;
+  const int stop = task.row + task.rows;
+  for (; row + 4 <= stop; row += 4) {
+    int j = 0;
+    for (; j + kJ <= use.rank; j += kJ) pass.template operator()<4, kJ>(row, j);
+    for (; j < use.rank; ++j) pass.template operator()<4, 1>(row, j);
+  }
+  for (; row < stop; ++row) {
+    int j = 0;
+    for (; j + 8 <= use.rank; j += 8) pass.template operator()<1, 8>(row, j);
+    for (; j < use.rank; ++j) pass.template operator()<1, 1>(row, j);
+  }
+}
+
+void shrink_any(const ProjectPlan& plan, const Task& task) {
+  const PlainRows plain{plan.x32 ? plan.x32 : plan.x, static_cast<std::size_t>(plan.in_features)};
+  if (task.use->dtype == DType::float32) return shrink<float>(plan, task, plain);
+  if (plan.dtype == DType::float32) return shrink<bf16>(plan, task, plain);
+  if constexpr (kBf16Tiles)
+    shrink<bf16>(plan, task, TileRows{plan.input, plan.tile_bytes});
+  else
+    shrink<bf16>(plan, task, PlainRows{reinterpret_cast<const float*>(plan.input), static_cast<std::size_t>(plan.k_padded)});
+}
+
+#if defined(__AMX_BF16__)
+
+// Ranks [rank, rank + 16) times up to 64 rows (4 row tiles). Full sets of ranks at a constant
+// distance are multiplied where they lie, others are copied first.
+void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, Fetch next, std::byte* work) {
+  const Use& use = *task.use;
+  const int ranks = use.rank - rank < 16 ? use.rank - rank : 16;
+  const std::int64_t* at = use.a + rank;
+  const std::uint8_t* rows = plan.arena + at[0];
+  std::int64_t stride = ranks > 1 ? at[1] - at[0] : 0;
+  bool in_place = ranks == 16 && plan.in_features % 32 == 0;
+  for (int j = 2; in_place && j < 16; ++j) in_place = at[j] - at[j - 1] == stride;
+  if (!in_place) {
+    stride = std::int64_t{2} * plan.k_padded + 64;  // an odd number of lines: rows spread over the cache
+    for (int j = 0; j < ranks; ++j) {
+      std::byte* to = work + j * stride;
+      std::memcpy(to, plan.arena + at[j], std::size_t{2} * plan.in_features);
+      std::memset(to + 2 * plan.in_features, 0, std::size_t{2} * (plan.k_padded - plan.in_features));
+    }
+    rows = reinterpret_cast<const std::uint8_t*>(work);
+  }
+  const int first = task.row / kRowTile, tiles = (task.row + task.rows - 1) / kRowTile - first + 1;
+  const std::size_t tile_bytes = std::size_t{32} * plan.k_padded;
+  const std::byte* x = plan.turned + first * tile_bytes;
+  const int steps = plan.k_padded / 32, lines = (next.lines + steps - 1) / steps;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int k = 0; k < plan.k_padded; k += 32, x += 1024) {
+    _tile_loadd(4, rows + 2 * k, stride);
+    _tile_loadd(5, x, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    fetch_lines(next.at, lines);
+    if (tiles == 1) continue;
+    _tile_loadd(6, x + tile_bytes, 64);
+    _tile_dpbf16ps(1, 4, 6);
+    if (tiles == 2) continue;
+    _tile_loadd(5, x + 2 * tile_bytes, 64);
+    _tile_dpbf16ps(2, 4, 5);
+    if (tiles == 3) continue;
+    _tile_loadd(6, x + 3 * tile_bytes, 64);
+    _tile_dpbf16ps(3, 4, 6);
+  }
+  alignas(64) float sums[4][16][16];
+  _tile_stored(0, sums[0], 64);
+  if (tiles > 1) _tile_stored(1, sums[1], 64);
+  if (tiles > 2) _tile_stored(2, sums[2], 64);
+  if (tiles > 3) _tile_stored(3, sums[3], 64);
+  const int ldz = use.stop - use.start;
+  for (int t = 0; t < tiles; ++t) {
+    const int start = (first + t) * kRowTile;  // of the tile; its valid rows are [low, high)
+    const int low = task.row > start ? task.row - start : 0;
+    const int high = task.row + task.rows < start + kRowTile ? task.row + task.rows - start : kRowTile;
+    const __mmask16 mask = static_cast<__mmask16>(((1u << high) - 1) & ~((1u << low) - 1));
+    for (int j = 0; j < ranks; ++j) {
+      float* z = use.z + static_cast<std::size_t>(rank + j) * ldz + (start - use.start);
+      _mm512_mask_storeu_ps(z, mask, _mm512_load_ps(sums[t][j]) * vset(use.scale[rank + j]));
+    }
+  }
+}
+
+#endif
+
+Fetch fetch_a(const ProjectPlan& plan, const Use& use, int rank) {
+  const int rows = use.rank - rank < 16 ? use.rank - rank : 16;
+  return fetch_rows(plan.arena, use.a + rank, rows, plan.in_features * item_bytes(use.dtype));
+}
+
+// The low rank part of one use, for some of its rows: z, and z B if it is wanted now. While it
+// works on one stretch of memory (16 rows of A, B, the next task's A) it fetches the next.
+void low_rank(const ProjectPlan& plan, const Task& task, const Task* after, [[maybe_unused]] std::byte* work) {
+  const Use& use = *task.use;
+  Fetch b;
+  if (plan.delta) b = fetch_rows(plan.arena, use.b, use.rank, use.size * item_bytes(use.dtype));
+#if defined(__AMX_BF16__)
+  if (plan.turned && use.dtype == DType::bfloat16) {
+    for (int rank = 0; rank < use.rank; rank += 16) {
+      const Fetch next = rank + 16 < use.rank ? fetch_a(plan, use, rank + 16) : b;
+      shrink_tiles(plan, task, rank, next, work);
+    }
+  } else
+#endif
+    shrink_any(plan, task);
+  if (!plan.delta) return;
+  Fetch next;
+  if (after) next = fetch_a(plan, *after->use, 0);
+  float* to = plan.delta + static_cast<std::size_t>(task.row) * plan.out_features + use.first;
+  const int count = use.size / kBlock, rest = use.size % kBlock;
+  if (use.dtype == DType::bfloat16)
+    expand_blocks<bf16, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, next);
+  else
+    expand_blocks<float, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, next);
+}
+
+}  // namespace
+}  // namespace chiliad
