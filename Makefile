@@ -37,12 +37,14 @@ demo: setup ## the whole story on one machine: real model, real adapters, one ba
 clean: ## remove what was built
 	rm -rf build $(VENV)/.ready chiliad/kernels/_core*.so
 
-build: ## compile the C++ core into chiliad/kernels/ (renamed into place: safe while others import it)
+build: ## compile the C++ core to where chiliad finds it (renamed into place: safe while others import it)
 	@mkdir -p build
 	@cmake -S . -B build/core -DCMAKE_BUILD_TYPE=$(BUILD_TYPE) -DPython_EXECUTABLE="$(abspath $(PYTHON))" \
 	  $(if $(shell command -v ninja),-G Ninja) -DCMAKE_INSTALL_MESSAGE=NEVER > build/core.log 2>&1 \
 	  || { cat build/core.log; exit 1; }
 	@cmake --build build/core --parallel
-	@for so in build/core/_core*.so; do \
-	  cp "$$so" "chiliad/kernels/.$$(basename $$so).tmp" && \
-	  mv "chiliad/kernels/.$$(basename $$so).tmp" "chiliad/kernels/$$(basename $$so)"; done
+	@to=$$($(PYTHON) -c "from importlib.util import find_spec as find; \
+	  print((find('chiliad.kernels._core') or find('chiliad.kernels')).origin)"); \
+	for so in build/core/_core*.so; do \
+	  cp "$$so" "$$(dirname $$to)/.$$(basename $$so).tmp" && \
+	  mv "$$(dirname $$to)/.$$(basename $$so).tmp" "$$(dirname $$to)/$$(basename $$so)"; done
