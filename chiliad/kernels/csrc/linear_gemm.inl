@@ -159,8 +159,10 @@ void multiply(const std::byte* a, const std::byte* b, int count, bool add, const
 void gemm_bf16(const std::byte* const* tiles, const std::byte* panel, int rows, int k_padded, bool fetch, float* c) {
   constexpr int kMost = 8;
   const int passes = (rows + kMost - 1) / kMost;
-  for (int k = 0; k < k_padded / 32; k += kStretch) {
-    const int left = k_padded / 32 - k, count = left < kStretch ? left : kStretch;
+  // equal stretches, lest a short one fetch too little of a long one that follows
+  const int steps = k_padded / 32, stretches = (steps + kStretch - 1) / kStretch, stretch = (steps + stretches - 1) / stretches;
+  for (int k = 0; k < steps; k += stretch) {
+    const int count = steps - k < stretch ? steps - k : stretch;
     const std::byte *b = panel + k * 2048, *next = b + count * 2048;
     for (int r = 0, pass = 0; r < rows; ++pass) {
       const std::byte* a = tiles[r / kRowTile] + k * 1024 + r % kRowTile * 64;
