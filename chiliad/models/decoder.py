@@ -143,4 +143,6 @@ class Decoder:
                 x = norm(project(wide, layer.down, step), layer.post_mlp_norm, residual=x)
         if len(rows) == 0:
             return x.new_empty((0, self.arch.vocab))
-        return project(x[rows], self._head, None, norm=self._final_norm)
+        if len(rows) < len(x):
+            x = torch.from_numpy(x.numpy()[rows.numpy()])  # torch would wake its own threads for x[rows]
+        return project(x, self._head, None, norm=self._final_norm)
