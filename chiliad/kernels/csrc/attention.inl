@@ -5,8 +5,9 @@
 // After call.split tokens a fresh state starts, and states are merged in order, so that a long
 // context may be cut among threads without changing a bit.
 //
-// The float path keeps q and the softmax weights in float32. With AMX tiles and bfloat16 KV both
-// are rounded to bfloat16, and prefill and decode share that path.
+// Where the machine multiplies bfloat16 pairs (AVX512-BF16, AMX tiles) and KV is bfloat16, q and the
+// softmax weights are rounded to bfloat16; elsewhere they stay in float32. Prefill and decode share
+// one path.
 #include "attention.h"
 #include "lanes.h"
 
@@ -91,7 +92,7 @@ class Ahead {
   CHILIAD_INLINE void take(int lines) {
     while (lines > 0) {
       if (at_ == end_ && !advance()) return;
-      for (; lines > 0 && at_ != end_; --lines, at_ += 64) __builtin_prefetch(at_, 0, 1);
+      for (; lines > 0 && at_ != end_; --lines, at_ += 64) __builtin_prefetch(at_, 0, 2);
     }
   }
 
@@ -133,22 +134,84 @@ class Ahead {
   const char *at_ = nullptr, *end_ = nullptr;
 };
 
-// ---- the float path ----
+// ---- the path of vectors ----
 
+// How K and V are stored, and what multiplies them: Other is the type of queries and weights, `add`
+// adds one element's (pair's) products with a vector of K or V to each row's sum.
 struct Float32 {
   using T = float;
+  using Other = float;
   static constexpr int kPair = 1;
-  static CHILIAD_INLINE void load(const float* p, Vec& a, Vec&) { a = vload(p); }
-  static CHILIAD_INLINE void read(const float* p, float& a, float&) { a = *p; }
+  struct Vector {
+    Vec x;
+  };
+  static CHILIAD_INLINE Vector load(const float* p) { return {vload(p)}; }
+  static CHILIAD_INLINE void store(float* p, Vec x) { vstore(p, x); }
+  template <int kRows, int kVectors>
+  static CHILIAD_INLINE void add(const float* other, std::int64_t stride, const Vector* v, Vec (*sums)[kVectors]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec a = vset(other[r * stride]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) sums[r][i] = vfma(a, v[i].x, sums[r][i]);
+    }
+  }
+  static CHILIAD_INLINE float add(const float* other, const float* p, float sum) { return __builtin_fmaf(*other, *p, sum); }
 };
 
 struct BFloat16 {
   using T = bf16;
   static constexpr int kPair = 2;
-  static CHILIAD_INLINE void load(const bf16* p, Vec& a, Vec& b) { vload_pairs(p, a, b); }
-  static CHILIAD_INLINE void read(const bf16* p, float& a, float& b) {
-    a = to_float(p[0]);
-    b = to_float(p[1]);
+#if defined(__AVX512BF16__)
+  using Other = bf16;
+  struct Vector {
+    __m512bh x;
+  };
+  static CHILIAD_INLINE Vector load(const bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+  static CHILIAD_INLINE void store(bf16* p, Vec x) { vstore_bf16(p, x); }
+  template <int kRows, int kVectors>
+  static CHILIAD_INLINE void add(const bf16* other, std::int64_t stride, const Vector* v, Vec (*sums)[kVectors]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      int pair;
+      std::memcpy(&pair, other + r * stride, 4);
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) sums[r][i] = _mm512_dpbf16_ps(sums[r][i], a, v[i].x);
+    }
+  }
+#else
+  using Other = float;
+  struct Vector {
+    Vec even, odd;
+  };
+  static CHILIAD_INLINE Vector load(const bf16* p) {
+    Vector v;
+    vload_pairs(p, v.even, v.odd);
+    return v;
+  }
+  static CHILIAD_INLINE void store(float* p, Vec x) { vstore(p, x); }
+  template <int kRows, int kVectors>
+  static CHILIAD_INLINE void add(const float* other, std::int64_t stride, const Vector* v, Vec (*sums)[kVectors]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec a = vset(other[r * stride]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) sums[r][i] = vfma(a, v[i].even, sums[r][i]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec b = vset(other[r * stride + 1]);
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) sums[r][i] = vfma(b, v[i].odd, sums[r][i]);
+    }
+  }
+#endif
+  static CHILIAD_INLINE float value(float x) { return x; }
+  static CHILIAD_INLINE float value(bf16 x) { return to_float(x); }
+  static CHILIAD_INLINE float add(const Other* other, const bf16* p, float sum) {
+    sum = __builtin_fmaf(value(other[0]), to_float(p[0]), sum);
+    return __builtin_fmaf(value(other[1]), to_float(p[1]), sum);
   }
 };
 
@@ -161,7 +224,7 @@ constexpr int mix_vectors(int rows) { return kLanes == 16 && rows <= 3 ? 4 : 2; 
 
 // scores[r][strip * 16 + t] = q[r] . K[t], for kRows rows and kCount strips.
 template <class KV, int kRows, int kCount>
-CHILIAD_INLINE void score_block(const float* q, int head_dim, std::int64_t width, const char* const* k,
+CHILIAD_INLINE void score_block(const typename KV::Other* q, int head_dim, std::int64_t width, const char* const* k,
                                 int block_tokens, float* scores) {
   constexpr int kVectors = kCount * kPerStrip;
   const typename KV::T* at[kCount];
@@ -174,24 +237,10 @@ CHILIAD_INLINE void score_block(const float* q, int head_dim, std::int64_t width
   std::int64_t offset = 0;
   const std::int64_t stride = std::int64_t{block_tokens} * KV::kPair;
   for (int d = 0; d < head_dim; d += KV::kPair, offset += stride) {
-    Vec even[kVectors], odd[kVectors];
+    typename KV::Vector v[kVectors];
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i)
-      KV::load(at[i / kPerStrip] + offset + (i % kPerStrip) * kLanes * KV::kPair, even[i], odd[i]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const Vec a = vset(q[r * width + d]);
-#pragma GCC unroll 8
-      for (int i = 0; i < kVectors; ++i) sums[r][i] = vfma(a, even[i], sums[r][i]);
-    }
-    if constexpr (KV::kPair == 2) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Vec b = vset(q[r * width + d + 1]);
-#pragma GCC unroll 8
-        for (int i = 0; i < kVectors; ++i) sums[r][i] = vfma(b, odd[i], sums[r][i]);
-      }
-    }
+    for (int i = 0; i < kVectors; ++i) v[i] = KV::load(at[i / kPerStrip] + offset + (i % kPerStrip) * kLanes * KV::kPair);
+    KV::template add<kRows, kVectors>(q + d, width, v, sums);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -200,50 +249,45 @@ CHILIAD_INLINE void score_block(const float* q, int head_dim, std::int64_t width
 }
 
 template <class KV, int kRows>
-void score_rows(const AttentionCall& call, const Round& round, const float* q, float* scores, Ahead& ahead, int lines) {
+void score_rows(const AttentionCall& call, const Round& round, const typename KV::Other* q, float* scores, Ahead& ahead,
+                int lines) {
   constexpr int kCount = score_strips(kRows);
   const std::int64_t width = padded(call.head_dim);
   int s = 0;
-  for (; s + kCount <= round.count; s += kCount) {
-    ahead.take(lines * kCount / kStrips);
-    score_block<KV, kRows, kCount>(q, call.head_dim, width, round.k + s, call.block_tokens, scores + s * kStrip);
-  }
-  if constexpr (kCount > 1)
-    for (; s < round.count; ++s) {
-      ahead.take(lines / kStrips);
-      score_block<KV, kRows, 1>(q, call.head_dim, width, round.k + s, call.block_tokens, scores + s * kStrip);
+  auto pass = [&]<int kStripsAtOnce>() {
+    for (; s + kStripsAtOnce <= round.count; s += kStripsAtOnce) {
+      ahead.take(lines * kStripsAtOnce / kStrips);
+      score_block<KV, kRows, kStripsAtOnce>(q, call.head_dim, width, round.k + s, call.block_tokens, scores + s * kStrip);
     }
+  };
+  pass.template operator()<kCount>();
+  if constexpr (kCount > 2) pass.template operator()<2>();
+  if constexpr (kCount > 1) pass.template operator()<1>();
+}
+
+// Softmax weights of row r of a tile, as the values are multiplied with them.
+template <class KV>
+CHILIAD_INLINE const typename KV::Other* weights_of(const float* weights, int r) {
+  return reinterpret_cast<const typename KV::Other*>(weights + r * kStepTokens);
 }
 
 // values[r][d ...] += sum_t weights[r][t] * V[t][d ...], kCount vectors of d.
 template <class KV, int kRows, int kCount>
 CHILIAD_INLINE void mix_block(const Round& round, const float* weights, int head_dim, int d, float* values) {
+  constexpr std::int64_t kStride = kStepTokens * sizeof(float) / sizeof(typename KV::Other);
   Vec sums[kRows][kCount];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) sums[r][i] = vload(values + r * head_dim + d + i * kLanes);
   for (int s = 0; s < round.count; ++s) {
-    const typename KV::T* v = reinterpret_cast<const typename KV::T*>(round.v[s]) + d * KV::kPair;
-    const float* w = weights + s * kStrip;
-    for (int t = 0; t < kStrip; t += KV::kPair, v += head_dim * KV::kPair) {
-      Vec even[kCount], odd[kCount];
+    const typename KV::T* from = reinterpret_cast<const typename KV::T*>(round.v[s]) + d * KV::kPair;
+    const typename KV::Other* w = weights_of<KV>(weights, 0) + s * kStrip;
+    for (int t = 0; t < kStrip; t += KV::kPair, from += head_dim * KV::kPair) {
+      typename KV::Vector v[kCount];
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; ++i) KV::load(v + i * kLanes * KV::kPair, even[i], odd[i]);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Vec a = vset(w[r * kStepTokens + t]);
-#pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) sums[r][i] = vfma(a, even[i], sums[r][i]);
-      }
-      if constexpr (KV::kPair == 2) {
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const Vec b = vset(w[r * kStepTokens + t + 1]);
-#pragma GCC unroll 8
-          for (int i = 0; i < kCount; ++i) sums[r][i] = vfma(b, odd[i], sums[r][i]);
-        }
-      }
+      for (int i = 0; i < kCount; ++i) v[i] = KV::load(from + i * kLanes * KV::kPair);
+      KV::template add<kRows, kCount>(w + t, kStride, v, sums);
     }
   }
 #pragma GCC unroll 8
@@ -267,13 +311,8 @@ void mix_rows(const AttentionCall& call, const Round& round, const float* weight
       float sum = values[r * head_dim + d];
       for (int s = 0; s < round.count; ++s) {
         const typename KV::T* v = reinterpret_cast<const typename KV::T*>(round.v[s]) + d * KV::kPair;
-        for (int t = 0; t < kStrip; t += KV::kPair, v += head_dim * KV::kPair) {
-          float even, odd = 0;
-          KV::read(v, even, odd);
-          sum = __builtin_fmaf(weights[r * kStepTokens + s * kStrip + t], even, sum);
-          if constexpr (KV::kPair == 2)
-            sum = __builtin_fmaf(weights[r * kStepTokens + s * kStrip + t + 1], odd, sum);
-        }
+        for (int t = 0; t < kStrip; t += KV::kPair, v += head_dim * KV::kPair)
+          sum = KV::add(weights_of<KV>(weights, r) + s * kStrip + t, v, sum);
       }
       values[r * head_dim + d] = sum;
     }
@@ -330,28 +369,34 @@ CHILIAD_INLINE const float* query(const AttentionCall& call, const AttentionTile
 }
 
 template <class KV>
-struct FloatPath {
+struct VectorPath {
+  using Other = typename KV::Other;
   const AttentionCall& call;
   const AttentionTile& tile;
   const Scratch& at;
   const int rows;
 
-  FloatPath(const AttentionCall& call, const AttentionTile& tile, const Scratch& at)
+  VectorPath(const AttentionCall& call, const AttentionTile& tile, const Scratch& at)
       : call(call), tile(tile), at(at), rows(tile.end - tile.begin) {
     const float factor = call.scale * kLog2e;
     for (int head = tile.head_begin; head < tile.head_end; ++head)
       for (int r = 0; r < rows; ++r) {
         const float* from = query(call, tile, head, tile.begin + r);
-        float* to = queries(head) + r * padded(call.head_dim);
-        for (int d = 0; d < call.head_dim; ++d) to[d] = from[d] * factor;
+        Other* to = queries(head) + r * padded(call.head_dim);
+        for (int d = 0; d < call.head_dim; d += kLanes) {  // beyond head_dim there is room, and nobody looks
+          const int n = least(call.head_dim - d, kLanes);
+          KV::store(to + d, vload(from + d, n) * vset(factor));
+        }
       }
   }
 
-  float* queries(int head) const { return at.q + (head - tile.head_begin) * kTileRows * padded(call.head_dim); }
+  Other* queries(int head) const {
+    return reinterpret_cast<Other*>(at.q + (head - tile.head_begin) * kTileRows * padded(call.head_dim));
+  }
 
   void round(int head, const Round& round, State state, Ahead& ahead, int lines) const {
     const std::int64_t width = padded(call.head_dim);
-    const float* q = queries(head);
+    const Other* q = queries(head);
     row_blocks(rows, [&](int r, auto size) {
       score_rows<KV, decltype(size)::value>(call, round, q + r * width, at.weights + r * kStepTokens, ahead, r ? 0 : lines);
     });
@@ -368,8 +413,9 @@ struct FloatPath {
 
   // scores -> weights in place for one row; updates the row's maximum and sums, scales its values.
   void soften(float* scores, Seen see, int tokens, float* maximum, float* sums, float* values) const {
+    Other* weights = reinterpret_cast<Other*>(scores);  // as narrow or narrower: written behind the reading
     if (see.low >= see.high) {
-      for (int t = 0; t < tokens; t += kLanes) vstore(scores + t, vset(0.0f));
+      for (int t = 0; t < tokens; t += kLanes) KV::store(weights + t, vset(0.0f));
       return;
     }
     hide(scores, see, tokens);
@@ -379,7 +425,7 @@ struct FloatPath {
     Vec added = vset(0.0f);
     for (int t = 0; t < tokens; t += kLanes) {
       const Vec w = vexp2_below(vload(scores + t) - vset(now));
-      vstore(scores + t, w);
+      KV::store(weights + t, w);
       added = added + w;
     }
     const float fade = before == now ? 1.0f : exp2_below(before - now);
@@ -556,7 +602,7 @@ struct TilePath {
                                                  _mm512_cmp_ps_mask(before, now, _CMP_EQ_OQ), _mm512_set1_ps(1.0f)));
   }
 
-  // Like the float path's, with weights rounded to bfloat16.
+  // Like the other path's, with weights rounded to bfloat16.
   void soften(const Round& round, State state) const {
     const int tokens = (round.count + 1) / 2 * 2 * kStrip;  // a V tile may hold two strips
     Rows surveyed[2];
@@ -708,8 +754,8 @@ void tile(const AttentionCall& call, const AttentionTile& tile, const AttentionT
 #if CHILIAD_TILES
   if (TilePath::takes(call)) return run_tile<TilePath>(call, tile, next, at, partial);
 #endif
-  if (call.bfloat16) return run_tile<FloatPath<BFloat16>>(call, tile, next, at, partial);
-  run_tile<FloatPath<Float32>>(call, tile, next, at, partial);
+  if (call.bfloat16) return run_tile<VectorPath<BFloat16>>(call, tile, next, at, partial);
+  run_tile<VectorPath<Float32>>(call, tile, next, at, partial);
 }
 
 void merge(const AttentionCall& call, const AttentionTile& tile, float* scratch, float* partial) {
