@@ -20,6 +20,14 @@ constexpr int kPerStrip = kStrip / kLanes;
 constexpr float kLowest = -__builtin_inff();
 constexpr float kLog2e = 1.44269504088896341f;
 
+// Which cache to fetch into, as __builtin_prefetch counts them; measured: on a Zen 5 the L1 is best (a
+// second level hint costs 15 %), with tiles, whose operands fill the L1, any but that.
+#if defined(__AMX_TILE__)
+constexpr int kCache = 1;
+#else
+constexpr int kCache = 3;
+#endif
+
 CHILIAD_INLINE int least(int a, int b) { return a < b ? a : b; }
 CHILIAD_INLINE int most(int a, int b) { return a > b ? a : b; }
 CHILIAD_INLINE int item_bytes(const AttentionCall& call) { return call.bfloat16 ? 2 : 4; }
@@ -92,7 +100,7 @@ class Ahead {
   CHILIAD_INLINE void take(int lines) {
     while (lines > 0) {
       if (at_ == end_ && !advance()) return;
-      for (; lines > 0 && at_ != end_; --lines, at_ += 64) __builtin_prefetch(at_, 0, 2);
+      for (; lines > 0 && at_ != end_; --lines, at_ += 64) __builtin_prefetch(at_, 0, kCache);
     }
   }
 
