@@ -48,13 +48,13 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = Server(engine, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.01)
     assert server._loop is not None
     yield f"http://127.0.0.1:{sock.getsockname()[1]}"
     server._loop.call_soon_threadsafe(server.begin_drain)
-    thread.join(30)
+    thread.join(120)
     assert not thread.is_alive()
     registry.close()
 
@@ -251,13 +251,15 @@ async def test_ends_in_time() -> None:
             writer.write(stream(TOKEN, *(["[DONE]"] if first else [])))
             await writer.drain()
             if not first:
-                await asyncio.sleep(20)
+                await asyncio.sleep(3600)
             first = False
 
     async with answering(handler) as client:
         limited = Client(client.target, "base", "a{}", max_seconds=0.5)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(120):
             _, result = await replay(limited, trace(duration=2))
     assert result["completed"] == 0
-    assert result["errors"] == {"200 unfinished": result["num_prompts"]}
+    # the last ones may not even have heard the 200
+    assert all(error.endswith("unfinished") for error in result["errors"])
+    assert sum(result["errors"].values()) == result["num_prompts"]
     assert result["num_prompts"] < 80

@@ -7,9 +7,11 @@ batch, how its prompt was cut, whether it was preempted, or what happens to othe
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from chiliad.engine.stream import AsyncEngine
 from chiliad.errors import ContextLengthExceeded, InvalidConfig, InvalidRequest, ModelNotFound, Unavailable
 from chiliad.testing import write_random_adapter
 
+PATIENCE = 200.0  # seconds, for a machine that does other things too
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
@@ -87,6 +90,13 @@ class Driver:
                 self.ended[event.request_id] = event
         self.events.clear()
 
+    def until(self, done: Callable[[], bool]) -> None:
+        """Step until something has happened; adapters load in their own time."""
+        deadline = time.monotonic() + PATIENCE
+        while not done():
+            assert time.monotonic() < deadline, "it does not happen"
+            self.step()
+
 
 def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo) -> None:
     """64 requests with random arrival, chunked prefill, preemption, and adapters that come and go."""
@@ -112,7 +122,9 @@ def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: 
     driver = Driver(llm)
     waiting = list(range(64))
     replaced, changed = 0, False
-    for turn in range(4000):
+    deadline = time.monotonic() + PATIENCE
+    for turn in itertools.count():
+        assert time.monotonic() < deadline
         if waiting and rng.random() < 0.3:
             i = waiting.pop(0)
             driver.submit(f"r{i}", texts[i], names[i], params)
@@ -159,21 +171,15 @@ def test_running_requests_keep_their_version(make_llm: MakeLLM, tmp_path: Path, 
     before = solo(llm, prompt, "a")
     driver = Driver(llm)
     driver.submit("running", prompt, "a", GREEDY)
-    for _ in range(200):
-        driver.step()
-        if driver.tokens["running"]:
-            break
+    driver.until(lambda: bool(driver.tokens["running"]))
     llm.engine.add_adapter(new, "a", replace=True)
     driver.submit("late", prompt, "a", GREEDY)
-    for _ in range(2000):
-        driver.step()
-        if llm.engine.idle:
-            break
+    driver.until(lambda: llm.engine.idle)
     assert driver.tokens["running"] == before
     assert driver.tokens["late"] != before
     freed = llm.engine.remove_adapter("a")
     llm.engine.step()
-    assert freed.result(timeout=1) > 0
+    assert freed.result(timeout=PATIENCE) > 0
     with pytest.raises(ModelNotFound):
         llm.generate(prompt, GREEDY, "a")
 
@@ -258,10 +264,7 @@ def test_cancel_frees_everything(make_llm: MakeLLM) -> None:
     long = SamplingParams(temperature=0, max_tokens=450, ignore_eos=True)
     for i, name in enumerate([None, "r8-qv", "r64-all"]):
         driver.submit(f"c{i}", [5, 6, 7 + i], name, long)
-    deadline = time.monotonic() + 120  # adapters load in their own time
-    while not all(driver.tokens[f"c{i}"] for i in range(3)):
-        assert time.monotonic() < deadline
-        driver.step()
+    driver.until(lambda: all(driver.tokens[f"c{i}"] for i in range(3)))
     for i in range(3):
         llm.engine.cancel(f"c{i}")
     driver.step()
@@ -356,7 +359,7 @@ def test_after_its_end_an_engine_refuses(make_llm: MakeLLM) -> None:
     with pytest.raises(Unavailable, match="stopped"):
         llm.generate([5, 6], GREEDY)
     with pytest.raises(Unavailable, match="stopped"):
-        llm.engine.call(lambda: 1).result(timeout=1)
+        llm.engine.call(lambda: 1).result(timeout=PATIENCE)
 
 
 async def test_every_request_hears_of_a_dead_engine(make_llm: MakeLLM) -> None:
@@ -377,13 +380,13 @@ async def test_every_request_hears_of_a_dead_engine(make_llm: MakeLLM) -> None:
 
     engine._post(crash)
     *_, last = [event async for event in running]
-    for event in (last, await asyncio.wait_for(posted.get(), 5)):
+    for event in (last, await asyncio.wait_for(posted.get(), PATIENCE)):
         assert isinstance(event, Failed)
         assert "boom" in str(event.error)
     called.append(engine.call(lambda: 1))  # too late
     for future in called:
         with pytest.raises(Unavailable, match="boom"):
-            future.result(timeout=5)
+            future.result(timeout=PATIENCE)
     with pytest.raises(Unavailable, match="boom"):
         await anext(door.generate(Request("late", (5, 6), GREEDY)))
     await door.stop()
@@ -401,10 +404,7 @@ def test_a_failing_choice_spares_its_neighbours(make_llm: MakeLLM) -> None:
         raise FloatingPointError("boom")
 
     llm.engine._live["bad"].choices[0].push = explode  # type: ignore[method-assign, assignment]
-    for _ in range(200):
-        driver.step()
-        if llm.engine.idle:
-            break
+    driver.until(lambda: llm.engine.idle)
     assert isinstance(driver.ended["bad"], Failed)
     assert isinstance(driver.ended["good"], Finished)
     assert driver.tokens["good"] == expected
@@ -423,8 +423,7 @@ def test_a_removed_adapter_leaves_the_pool_whoever_still_asks_for_it(
     def ask(name: str, version: AdapterVersion) -> str:
         driver.tokens[name] = []
         engine.submit(Request(name, prompt, short, (AdapterUse(version),)))
-        while name not in driver.ended:
-            driver.step()
+        driver.until(lambda: name in driver.ended)
         assert len(driver.tokens[name]) == 2
         return engine.store.state(version)
 

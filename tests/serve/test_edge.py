@@ -95,17 +95,6 @@ async def test_request_id(connect: Connect) -> None:
         assert made != "a b\x7f"
 
 
-async def test_queued_streams_send_comments(connect: Connect, engine: FakeEngine) -> None:
-    engine.pause.clear()
-    async with connect(keep_alive=0.01) as client:
-        running = asyncio.ensure_future(chat(client, stream=True))
-        await asyncio.sleep(0.1)
-        engine.pause.set()
-        text = (await running).text
-    assert ": ping\n\n" in text
-    assert text.endswith("data: [DONE]\n\n")
-
-
 class Client:
     """An ASGI client that goes away when told."""
 
@@ -119,6 +108,26 @@ class Client:
 
     async def send(self, message: Any) -> None:
         self.sent.append(message)
+
+
+async def test_silent_streams_send_comments() -> None:
+    client, news = Client(), asyncio.Event()
+
+    async def events() -> Any:
+        await news.wait()  # a request that waits in the queue
+        yield b"data: [DONE]\n\n"
+
+    stream = EventStream(events(), {}, keep_alive=0.01)
+    running = asyncio.ensure_future(stream({"type": "http"}, client.receive, client.send))
+    while len(client.sent) < 4:
+        await asyncio.sleep(0.001)
+    news.set()
+    await running
+    start, *bodies = client.sent
+    assert start["type"] == "http.response.start"
+    data = [message["body"] for message in bodies if message["body"]]
+    assert set(data[:-1]) == {b": ping\n\n"}
+    assert data[-1] == b"data: [DONE]\n\n"
 
 
 async def test_disconnect_closes_the_events() -> None:

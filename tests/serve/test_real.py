@@ -31,6 +31,7 @@ from chiliad.testing import write_random_adapter
 NUM_ADAPTERS = 64
 RANKS = (1, 2, 3, 5, 8, 16)
 KEY = "sk-test"
+PATIENCE = 120.0  # seconds, for a machine that does other things too
 T = TypeVar("T")
 
 
@@ -44,10 +45,10 @@ class Running:
 
     def on_engine(self, function: Callable[[], T]) -> T:
         """Run on the engine thread between two steps."""
-        return self.engine.engine.call(function).result(timeout=30)
+        return self.engine.engine.call(function).result(timeout=PATIENCE)
 
     def wait_idle(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             stats = self.on_engine(self.engine.engine.stats)
             if not (stats.running or stats.waiting) and self.engine.engine.idle:
@@ -86,13 +87,13 @@ def running(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         api_keys=(KEY,),
         adapter_dirs=(folder / "adapters", folder / "corpus"),
         uploads=folder / "uploads",
-        drain_timeout=10,
+        drain_timeout=60,
     )
     sock = bind(config)
     server = Server(engine, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while not server.started and thread.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert server.started
@@ -104,21 +105,21 @@ def running(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     running.on_engine(lambda: check_pool(engine.engine))
     assert not engine.error
     server._loop.call_soon_threadsafe(server.begin_drain)
-    thread.join(30)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     registry.close()
 
 
 @pytest.fixture
 def client(running: Running) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{running.url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE) as client:
         yield client
 
 
 @pytest.fixture
 def http(running: Running) -> Iterator[httpx.Client]:
     headers = {"authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=running.url, headers=headers, timeout=60) as client:
+    with httpx.Client(base_url=running.url, headers=headers, timeout=PATIENCE) as client:
         yield client
 
 
@@ -265,7 +266,7 @@ def test_64_streams_over_64_adapters(client: openai.OpenAI, running: Running) ->
     """Every stream says what its adapter says alone."""
 
     async def everybody() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=KEY, timeout=120) as many:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=KEY, timeout=PATIENCE) as many:
 
             async def one(name: str) -> str:
                 stream = await many.chat.completions.create(
@@ -290,10 +291,10 @@ def test_disconnect_frees_the_engine(running: Running, stream: bool) -> None:
         headers={"authorization": f"Bearer {KEY}"},
         json={
             "prompt": "on",
-            "max_tokens": 450,
+            "max_tokens": 4000,  # it must still run when the client leaves, however fast the machine
             "ignore_eos": True,
             "stream": stream,
-            "n": 4,
+            "n": 32,
             "model": "a05",
         },
     )
@@ -304,16 +305,16 @@ def test_disconnect_frees_the_engine(running: Running, stream: bool) -> None:
         if stream:
             connection.recv(100)
         else:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + PATIENCE
             while not running.server.service.in_flight and time.monotonic() < deadline:
                 time.sleep(0.002)
         assert running.server.service.in_flight == 1
     running.wait_idle()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while running.server.service.in_flight and time.monotonic() < deadline:
         time.sleep(0.005)
     assert running.server.service.in_flight == 0
-    assert running.server.service.metrics.finished["abort"] == before + 4
+    assert running.server.service.metrics.finished["abort"] == before + 32
 
 
 def test_load_use_replace_unload(client: openai.OpenAI, http: httpx.Client, running: Running) -> None:
@@ -359,7 +360,7 @@ def test_bad_adapters_are_refused_and_neighbours_go_on(running: Running, http: h
     assert len(corpus) >= 30
 
     async def neighbours() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=KEY, timeout=120) as many:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key=KEY, timeout=PATIENCE) as many:
 
             async def one(i: int) -> str:
                 answer = await many.completions.create(
@@ -370,25 +371,37 @@ def test_bad_adapters_are_refused_and_neighbours_go_on(running: Running, http: h
 
             return await asyncio.gather(*(one(i) for i in range(32)))
 
+    tried = threading.Event()
+
+    async def until_tried() -> list[list[str]]:
+        """Somebody decodes as long as bad adapters are tried, however fast the machine."""
+        rounds = [await neighbours()]
+        while not tried.is_set():
+            rounds.append(await neighbours())
+        return rounds
+
     undisturbed = asyncio.run(neighbours())
     with ThreadPoolExecutor(1) as pool:
-        disturbed = pool.submit(asyncio.run, neighbours())
-        for bad in corpus:
-            by_path = http.post(
-                "/v1/load_lora_adapter", json={"lora_name": "bad", "lora_path": str(bad.folder)}
-            )
-            assert 400 <= by_path.status_code < 500, (bad.name, by_path.text)
-            assert bad.message in by_path.json()["error"]["message"], bad.name
-            assert by_path.json()["error"]["code"] == bad.error.code
-            files = {
-                part: (bad.folder / name).read_bytes()
-                for part, name in (("config", CONFIG), ("model", TENSORS))
-                if (bad.folder / name).is_file() and not (bad.folder / name).is_symlink()
-            }
-            by_upload = http.post("/v1/adapters", data={"name": "bad"}, files=files or {"none": b""})
-            assert 400 <= by_upload.status_code < 500, (bad.name, by_upload.text)
-            assert by_upload.json()["error"]["message"]
-        assert disturbed.result(timeout=120) == undisturbed
+        disturbed = pool.submit(asyncio.run, until_tried())
+        try:
+            for bad in corpus:
+                by_path = http.post(
+                    "/v1/load_lora_adapter", json={"lora_name": "bad", "lora_path": str(bad.folder)}
+                )
+                assert 400 <= by_path.status_code < 500, (bad.name, by_path.text)
+                assert bad.message in by_path.json()["error"]["message"], bad.name
+                assert by_path.json()["error"]["code"] == bad.error.code
+                files = {
+                    part: (bad.folder / name).read_bytes()
+                    for part, name in (("config", CONFIG), ("model", TENSORS))
+                    if (bad.folder / name).is_file() and not (bad.folder / name).is_symlink()
+                }
+                by_upload = http.post("/v1/adapters", data={"name": "bad"}, files=files or {"none": b""})
+                assert 400 <= by_upload.status_code < 500, (bad.name, by_upload.text)
+                assert by_upload.json()["error"]["message"]
+        finally:
+            tried.set()
+        assert all(round == undisturbed for round in disturbed.result(timeout=PATIENCE))
     assert http.get("/v1/adapters/bad").status_code == 404
     uploads = running.server.service.config.uploads
     assert uploads is not None
