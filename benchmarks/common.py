@@ -42,7 +42,8 @@ from chiliad.core import (  # noqa: E402
     Request,
     SamplingParams,
 )
-from chiliad.engine.engine import WORKSPACE, Engine  # noqa: E402
+from chiliad.engine.engine import Engine  # noqa: E402
+from chiliad.engine.runner import workspace  # noqa: E402
 from chiliad.kernels import load  # noqa: E402
 from chiliad.models import load_model  # noqa: E402
 from chiliad.models.weights import Model  # noqa: E402
@@ -398,13 +399,14 @@ def drive(
     with ExitStack() as stack:
         kernels = load(threads=args.threads)
         model = load_model(args.model, kernels, args.dtype)
+        scheduler = scheduler or SchedulerConfig()
         config = EngineConfig(
             memory=parse_bytes(memory)
             if isinstance(memory, str)
-            else model.nbytes + WORKSPACE + memory(model),
+            else model.nbytes + workspace(model.arch, scheduler) + memory(model),
             dtype=args.dtype,
             kernel=KernelConfig(threads=args.threads),
-            scheduler=scheduler or SchedulerConfig(),
+            scheduler=scheduler,
             **more,
         )
         registry = Registry(":memory:", model.info)

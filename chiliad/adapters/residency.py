@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from chiliad.core import AdapterVersion
-from chiliad.errors import AdapterError, AdapterTooLarge, ChiliadError, OutOfMemory
+from chiliad.errors import AdapterError, AdapterTooLarge, OutOfMemory
 from chiliad.memory.pool import Owner, PagePool
 from chiliad.observe import EngineMetrics
 
@@ -179,7 +179,7 @@ class Residents(ABC):
             if error is None:
                 try:
                     rows = self._accept(done)
-                except ChiliadError as refused:
+                except Exception as refused:  # this adapter's requests fail, nobody else's
                     error = refused
             entry.loads += 1
             entry.load_seconds = done.seconds

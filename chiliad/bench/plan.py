@@ -19,7 +19,7 @@ from chiliad.bench.simulate import AdapterSize, Geometry, simulate
 from chiliad.bench.workload import Trace, expected_shares
 from chiliad.config import DType, EngineConfig
 from chiliad.core import Site
-from chiliad.engine.engine import WORKSPACE
+from chiliad.engine.runner import workspace
 from chiliad.errors import InvalidConfig
 from chiliad.kernels import load
 from chiliad.memory.arena import pack_rows
@@ -95,7 +95,7 @@ def geometry(
         row_bytes=[n * dtype.itemsize for site in base.sites for n in (site.in_features, site.out_features)],
     )
     weights = weights_bytes or base.weights_bytes
-    num_pages = (config.memory - weights - WORKSPACE) // layout.page_bytes
+    num_pages = (config.memory - weights - workspace(arch, config.scheduler)) // layout.page_bytes
     if num_pages < arch.layers:
         raise InvalidConfig(
             f"memory of {_mb(config.memory)} leaves no pool beside {_mb(weights)} of weights: give more "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -30,15 +31,17 @@ from chiliad.core import (
     StepPlan,
     TokenLogprob,
     Usage,
+    Work,
 )
 from chiliad.engine.output import Choice
-from chiliad.engine.runner import Runner
+from chiliad.engine.runner import Runner, workspace
 from chiliad.engine.sampling import SequenceSampler
 from chiliad.engine.scheduler import Scheduler, Sequence
 from chiliad.errors import (
     AdapterError,
     ChiliadError,
     ContextLengthExceeded,
+    InvalidAdapter,
     InvalidConfig,
     InvalidRequest,
     ModelNotFound,
@@ -56,7 +59,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-WORKSPACE = 64 * 2**20  # bytes kept out of the pool for activations and logits
 _REMOVED = 4096  # removed adapters that are remembered
 _MIN_PAGES_PER_LAYER = 8  # a pool below this cannot serve one short prompt
 
@@ -100,13 +102,14 @@ class Engine:
             dtype=dtype,
             row_bytes=[n * dtype.itemsize for s in model.info.sites for n in (s.in_features, s.out_features)],
         )
-        pool_bytes = config.memory - model.nbytes - WORKSPACE
-        num_pages = pool_bytes // self.layout.page_bytes
-        if num_pages < _MIN_PAGES_PER_LAYER * arch.layers:
-            need = model.nbytes + WORKSPACE + _MIN_PAGES_PER_LAYER * arch.layers * self.layout.page_bytes
+        step_bytes = workspace(arch, config.scheduler)
+        num_pages = (config.memory - model.nbytes - step_bytes) // self.layout.page_bytes
+        if num_pages < (least := _MIN_PAGES_PER_LAYER * arch.layers):
+            need = model.nbytes + step_bytes + least * self.layout.page_bytes
             raise InvalidConfig(
                 f"memory of {config.memory / 1e6:.0f} MB is too little: {model.name} in {config.dtype} needs "
-                f"{model.nbytes / 1e6:.0f} MB for weights; give at least {need / 1e6:.0f}MB",
+                f"{model.nbytes / 1e6:.0f} MB for weights and {step_bytes / 1e6:.0f} MB to compute a step; "
+                f"give at least {math.ceil(need / 1e6)}MB",
                 param="memory",
             )
         self.pool = PagePool(num_pages, config.adapter_share)
@@ -256,10 +259,7 @@ class Engine:
         try:
             out = self._runner.run(plan, self._samplers)
         except Exception as error:
-            # A failing step must not take the neighbours of later steps with it.
-            log.exception("a step failed; its %d sequences end with an error", len(plan.work))
-            for request_id in {work.sequence.request.id for work in plan.work}:
-                self._fail(request_id, error if isinstance(error, ChiliadError) else _internal(error))
+            self._compute_apart(plan, error)
             return
         self.scheduler.advance(plan, out.tokens)
         self._publish(plan, out)
@@ -273,6 +273,18 @@ class Engine:
             len({work.sequence.adapter_key for work in plan.work if work.sequence.adapter_key})
         )
 
+    def _compute_apart(self, plan: StepPlan, error: Exception) -> None:
+        """A step failed. Who is alone in it is at fault; of several, each tries again without the others."""
+        requests: dict[str, list[Work]] = {}
+        for work in plan.work:
+            requests.setdefault(work.sequence.request.id, []).append(work)
+        if len(requests) == 1:
+            self._fail(next(iter(requests)), error)
+            return
+        log.warning("a step of %d requests failed (%r): each is tried alone", len(requests), error)
+        for alone in requests.values():
+            self._compute(StepPlan(alone, sum(work.count for work in alone)))
+
     def _publish(self, plan: StepPlan, out: StepOutput) -> None:
         for index, scored in out.prompt_logprobs.items():
             work = plan.work[index]
@@ -282,14 +294,17 @@ class Engine:
                 choice.prompt_logprobs[work.start + 1 :] = scored
         sampled = (work.sequence for work in plan.work if work.sample)
         for sequence, token, logprob in zip(sampled, out.tokens, out.logprobs, strict=True):
+            live = self._live.get(sequence.request.id)
+            if live is None:
+                continue  # another choice of it has just failed
             try:
-                self._push(sequence, token, logprob)
+                self._push(live, sequence, token, logprob)
             except Exception as error:  # one request's text must not end the others
-                log.exception("request %s failed", sequence.request.id)
-                self._fail(sequence.request.id, _internal(error))
+                self._fail(sequence.request.id, error)
 
-    def _push(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
-        live = self._live[sequence.request.id]
+    def _push(self, live: _Live, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        if token < 0:
+            raise _no_token(live.request)
         choice = live.choices[sequence.index]
         chunk = choice.push(token, logprob)
         if chunk is None:
@@ -338,21 +353,20 @@ class Engine:
             error = InvalidRequest(f"request id {request.id!r} is already running", param="id")
             self._events.append(Failed(request.id, error))
             return
+        live = self._live[request.id] = _Live(request)
         try:
-            sequences = self.scheduler.add(request)
-        except ChiliadError as error:
-            self._events.append(Failed(request.id, error))
-            return
-        live = _Live(request, sequences=sequences, open=len(sequences))
-        for sequence in sequences:
-            stream = self.tokenizer.stream(request.params.skip_special_tokens, request.prompt)
-            live.choices[sequence.index] = Choice(
-                request, sequence.index, stream, self.tokenizer.eos_ids, request.params.max_tokens
-            )
-            self._samplers[id(sequence)] = SequenceSampler(
-                request.params, sequence.index, self.tokenizer.eos_ids
-            )
-        self._live[request.id] = live
+            live.sequences = self.scheduler.add(request)
+            live.open = len(live.sequences)
+            for sequence in live.sequences:
+                stream = self.tokenizer.stream(request.params.skip_special_tokens, request.prompt)
+                live.choices[sequence.index] = Choice(
+                    request, sequence.index, stream, self.tokenizer.eos_ids, request.params.max_tokens
+                )
+                self._samplers[id(sequence)] = SequenceSampler(
+                    request.params, sequence.index, self.tokenizer.eos_ids
+                )
+        except Exception as error:  # whatever is odd about it, the engine goes on
+            self._fail(request.id, error)
 
     def _let_go(self, request: Request) -> None:
         """A request ends: it may have brought back an adapter that was removed meanwhile."""
@@ -371,9 +385,14 @@ class Engine:
                 self._close(live, sequence, choice)
 
     def _fail(self, request_id: str, error: Exception) -> None:
+        """End a request with an error. The details of a bug of ours are for the log, not for clients."""
         live = self._live.pop(request_id, None)
         if live is None:
             return
+        if not isinstance(error, ChiliadError) or error.status == 500:
+            log.error("request %s failed", request_id, exc_info=error)
+        if not isinstance(error, ChiliadError):
+            error = ChiliadError(f"internal error ({type(error).__name__}): the server's log has the details")
         self.scheduler.cancel(request_id)
         for sequence in live.sequences:
             self._samplers.pop(id(sequence), None)
@@ -411,7 +430,7 @@ class Engine:
         if self.scheduler.prefix is not None:
             pages["prefix"] = self.scheduler.prefix.evictable_pages()  # nobody's: room for the next one
             pages["kv"] -= pages["prefix"]
-        pages["pinned"] += self.store.pinned_pages
+        pages["pinned"] = self.store.pinned_pages
         pages["adapter"] -= self.store.pinned_pages
         queued = [s.queued for s in self.scheduler.waiting]
         keys = {s.adapter_key for s in self.scheduler.running} - {()}
@@ -434,6 +453,17 @@ class Engine:
         )
 
 
-def _internal(error: Exception) -> ChiliadError:
-    """What a client hears of our own bug; the log has the rest."""
-    return ChiliadError(f"internal error ({type(error).__name__}): the server's log has the details")
+def _no_token(request: Request) -> ChiliadError:
+    """Why a row has no token to choose: its logits are not finite, or everything is banned."""
+    if request.adapters:
+        names = " + ".join(str(use.adapter) for use in request.adapters)
+        return InvalidAdapter(
+            f"adapter {names} makes the model's numbers overflow (logits are NaN or infinite): its weights, or "
+            "the scale they are used with, are too large for this base; train it again with a lower "
+            "learning rate or use a smaller scale",
+            param="model",
+        )
+    return ChiliadError(
+        "no token can be chosen: the model's logits are NaN or infinite, or every token is banned; try "
+        "--dtype float32, and check the weights"
+    )

@@ -8,15 +8,27 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from chiliad.core import AdapterUse, StepOutput, StepPlan, TokenLogprob
+from chiliad.config import SchedulerConfig
+from chiliad.core import AdapterUse, StepOutput, StepPlan, TokenLogprob, Work
 from chiliad.engine.sampling import SequenceSampler, logprobs_of, sample_batch
 from chiliad.kernels.base import AdapterRows, Kernels, Segment, Step
 
 if TYPE_CHECKING:
+    from chiliad.models.arch import Arch
     from chiliad.models.weights import Model
+
+_SCORED = 8 * 2**20  # bytes of prompt logits at a time
 
 #: (uses) -> the rank rows of a resident adapter, or of several composed
 RowsOf = Callable[[tuple[AdapterUse, ...]], AdapterRows]
+
+
+def workspace(arch: Arch, config: SchedulerConfig) -> int:
+    """Bytes that the largest step takes beside weights and pool, all of them float32."""
+    heads = 2 * (arch.heads + arch.kv_heads) * arch.head_dim  # q, k, v, and what attention makes of them
+    token = 4 * arch.hidden + heads + 3 * arch.ffn  # gate, up, and their product
+    rows = min(config.max_sequences, config.max_step_tokens)
+    return 4 * (config.max_step_tokens * token + rows * arch.vocab) + 3 * max(_SCORED, 4 * arch.vocab)
 
 
 class Runner:
@@ -28,35 +40,30 @@ class Runner:
     def run(self, plan: StepPlan, samplers: Mapping[int, SequenceSampler]) -> StepOutput:
         """Compute the plan's tokens and sample. `samplers` maps id(sequence) to its sampler."""
         ids, step = self._step(plan)
-        rows: list[int] = []  # rows of the step whose logits are needed, in plan order
-        sampled_at: list[int] = []  # index into `rows` of each row that is sampled
-        scored: list[tuple[int, int, int]] = []  # (work index, first, stop) into `rows`
-        for i, work in enumerate(plan.work):
-            first = int(step.row_start[i])
-            sequence = work.sequence
-            wanted = sequence.request.params.prompt_logprobs
-            if wanted is not None and work.start < sequence.num_prompt - 1:
-                stop = min(work.start + work.count, sequence.num_prompt - 1)
-                scored.append((i, len(rows), len(rows) + stop - work.start))
-                rows.extend(range(first, first + stop - work.start))
-            if work.sample:
-                sampled_at.append(len(rows))
-                rows.append(first + work.count - 1)
         with torch.inference_mode():
-            logits = self._decoder.forward(ids, step, torch.tensor(rows, dtype=torch.int64))
-            prompt_logprobs = {i: self._score(plan, i, logits[a:b]) for i, a, b in scored}
-            if not sampled_at:
-                return StepOutput([], [], prompt_logprobs)
-            if scored:
-                logits = logits[sampled_at]
+            states = self._decoder.forward(ids, step)
+            scored: dict[int, list[TokenLogprob]] = {}  # by work index
+            rows: list[int] = []  # of the step, those that are sampled
+            for i, work in enumerate(plan.work):
+                first, sequence = int(step.row_start[i]), work.sequence
+                wanted = sequence.request.params.prompt_logprobs
+                count = min(work.count, sequence.num_prompt - 1 - work.start)
+                if wanted is not None and count > 0:
+                    scored[i] = self._score(work, states[first : first + count], wanted)
+                if work.sample:
+                    rows.append(first + work.count - 1)
+            if not rows:
+                return StepOutput([], [], scored)
             sequences = [work.sequence for work in plan.work if work.sample]
             batch = sample_batch([(samplers[id(s)], s) for s in sequences])
-            sampled = self._kernels.sample(logits, batch)
+            if len(rows) < len(states):
+                states = torch.from_numpy(states.numpy()[rows])  # torch would wake threads of its own
+            sampled = self._kernels.sample(self._decoder.logits(states), batch)
         logprobs = [
             logprobs_of(sampled, row, sequence.request.params.logprobs)
             for row, sequence in enumerate(sequences)
         ]
-        return StepOutput(sampled.tokens.tolist(), logprobs, prompt_logprobs)
+        return StepOutput(sampled.tokens.tolist(), logprobs, scored)
 
     def _step(self, plan: StepPlan) -> tuple[torch.Tensor, Step]:
         ids: list[int] = []
@@ -93,16 +100,16 @@ class Runner:
         )
         return torch.tensor(ids, dtype=torch.int64), self._kernels.prepare_step(step)
 
-    def _score(self, plan: StepPlan, index: int, logits: torch.Tensor) -> list[TokenLogprob]:
-        """Logprobs of prompt tokens [start + 1, ...] of one work item."""
-        work = plan.work[index]
-        sequence = work.sequence
-        logprobs = torch.log_softmax(logits, dim=-1)
-        targets = sequence.tokens[work.start + 1 : work.start + 1 + len(logits)]
-        k = min(sequence.request.params.prompt_logprobs or 0, logits.shape[-1])
-        best = torch.topk(logprobs, k, dim=-1) if k else None
-        scored = []
-        for row, token in enumerate(targets):
-            top = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True) if best else ()
-            scored.append(TokenLogprob(token, float(logprobs[row, token]), tuple(top)))
+    def _score(self, work: Work, states: torch.Tensor, wanted: int) -> list[TokenLogprob]:
+        """Logprobs of prompt tokens [start + 1, ...] of one work item, few rows of logits at a time."""
+        tokens, vocab = work.sequence.tokens, self._decoder.arch.vocab
+        k, size = min(wanted, vocab), max(1, _SCORED // (4 * vocab))
+        scored: list[TokenLogprob] = []
+        for part in torch.split(states, size):
+            logprobs = torch.log_softmax(self._decoder.logits(part), dim=-1)
+            best = torch.topk(logprobs, k, dim=-1) if k else None
+            for row in range(len(part)):
+                token = tokens[work.start + 1 + len(scored)]
+                top = zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True) if best else ()
+                scored.append(TokenLogprob(token, float(logprobs[row, token]), tuple(top)))
         return scored

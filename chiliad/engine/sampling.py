@@ -28,6 +28,7 @@ class SequenceSampler:
     def __init__(self, params: SamplingParams, index: int, eos_ids: frozenset[int]) -> None:
         self.params = params
         self._random = random.Random(None if params.seed is None else f"{params.seed}/{index}")
+        self._drawn = (-1, 0.0)  # of which token, what
         self.penalised = (
             params.presence_penalty != 0 or params.frequency_penalty != 0 or params.repetition_penalty != 1
         )
@@ -38,8 +39,11 @@ class SequenceSampler:
             ids, added = zip(*sorted(params.logit_bias.items()), strict=True)
             self.bias = (np.array(ids, np.int32), np.array(added, np.float32))
 
-    def draw(self) -> float:
-        return self._random.random() if self.params.temperature else 0.0
+    def draw(self, num_output: int) -> float:
+        """The draw for the next token; the same again if a failed step is computed once more."""
+        if self.params.temperature and self._drawn[0] != num_output:
+            self._drawn = (num_output, self._random.random())
+        return self._drawn[1]
 
     def banned(self, num_output: int) -> np.ndarray | None:
         return self._stops if num_output < self.params.min_tokens else None
@@ -56,7 +60,7 @@ def sample_batch(rows: list[tuple[SequenceSampler, Sampling]]) -> SampleBatch:
         presence=np.array([x.presence_penalty for x in p], np.float32),
         frequency=np.array([x.frequency_penalty for x in p], np.float32),
         repetition=np.array([x.repetition_penalty for x in p], np.float32),
-        uniform=np.array([sampler.draw() for sampler, _ in rows], np.float64),
+        uniform=np.array([sampler.draw(len(s.tokens) - s.num_prompt) for sampler, s in rows], np.float64),
         prompt_tokens=[
             np.array(s.tokens[: s.num_prompt], np.int32) if sampler.params.repetition_penalty != 1 else None
             for sampler, s in rows

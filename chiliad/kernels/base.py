@@ -172,7 +172,7 @@ class SampleBatch:
 
 @dataclass(slots=True)
 class Sampled:
-    tokens: np.ndarray  # int32 [R]
+    tokens: np.ndarray  # int32 [R]; -1 where the largest adjusted logit is no finite number
     logprob: np.ndarray  # float32 [R], of the chosen token under the raw model distribution
     top_ids: list[np.ndarray]  # per row int32 [k], most likely first
     top_logprobs: list[np.ndarray]  # per row float32 [k]

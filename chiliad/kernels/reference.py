@@ -251,9 +251,10 @@ class ReferenceKernels:
 
     def sample(self, logits: Tensor, batch: SampleBatch) -> Sampled:
         """Row by row, in this order: logprobs of the raw distribution; repetition, frequency and
-        presence penalties; bias; bans; greedy if temperature is 0, else divide by it; top-k; top-p;
-        min-p; then the first token whose cumulated probability (tokens sorted by falling
-        probability, ties by id) exceeds uniform * total.
+        presence penalties; bias; bans; no token if the largest is not finite; greedy if
+        temperature is 0, else divide by it; top-k; top-p; min-p; then the first token whose
+        cumulated probability (tokens sorted by falling probability, ties by id) exceeds
+        uniform * total.
         """
         tokens, chosen = np.empty(len(logits), np.int32), np.empty(len(logits), np.float32)
         top_ids: list[np.ndarray] = []
@@ -261,11 +262,14 @@ class ReferenceKernels:
         for i, raw in enumerate(logits):
             adjusted = self._adjust(raw, batch, i)
             greedy = batch.temperature[i] == 0
-            token = int(adjusted.argmax()) if greedy else self._draw(adjusted, batch, i)
+            if not adjusted.max().isfinite():  # NaN is larger than any number
+                token = -1
+            else:
+                token = int(adjusted.argmax()) if greedy else self._draw(adjusted, batch, i)
             tokens[i] = token
             k = int(batch.logprobs[i])
             logprobs = torch.log_softmax(raw, dim=-1) if k >= 0 else raw
-            chosen[i] = float(logprobs[token]) if k >= 0 else 0.0
+            chosen[i] = 0.0 if k < 0 else float(logprobs[token]) if token >= 0 else np.nan
             best = torch.sort(logprobs, descending=True, stable=True) if k > 0 else None
             top_ids.append(best.indices[:k].numpy().astype(np.int32) if best else np.empty(0, np.int32))
             top_logprobs.append(best.values[:k].numpy() if best else np.empty(0, np.float32))

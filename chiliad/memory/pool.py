@@ -22,7 +22,6 @@ class Owner(enum.IntEnum):
     FREE = 0
     KV = 1
     ADAPTER = 2
-    PINNED = 3  # never evicted: not part of any share
 
 
 class Evictable(Protocol):
@@ -95,8 +94,8 @@ class PagePool:
         return sum(evictable.evictable_pages() for evictable, _ in self._evictables)
 
     def limit(self, owner: Owner) -> int:
-        """Pages that `owner` could ever hold: its share, minus what is pinned if there is no split."""
-        return self._limit[owner] if self.split else self.num_pages - self._used[Owner.PINNED]
+        """Pages that `owner` could ever hold: all of them, unless there is a split."""
+        return self._limit[owner]
 
     def available(self, owner: Owner) -> int:
         """Pages that `alloc(..., owner)` could deliver now, evictions included."""
@@ -171,7 +170,7 @@ class PagePool:
         return counts
 
     def usage(self) -> dict[str, int]:
-        """Pages by owner: free, kv, adapter, pinned."""
+        """Pages by owner: free, kv, adapter."""
         return {owner.name.lower(): self._used[owner] if owner else self._free for owner in Owner}
 
     def peaks(self) -> dict[str, int]:

@@ -119,11 +119,11 @@ class Decoder:
         """token_ids int64 [T] -> float32 [T, hidden]: what enters the first layer."""
         return self._kernels.embed(self._embed.table, token_ids, self._embed.scale)
 
-    def forward(self, token_ids: Tensor, step: Step, rows: Tensor) -> Tensor:
-        """One step: writes K and V of its tokens, returns logits of the rows asked for.
+    def forward(self, token_ids: Tensor, step: Step) -> Tensor:
+        """One step: writes K and V of its tokens, returns their last hidden states.
 
-        token_ids: int64 [T]; `step` as `kernels.prepare_step` returned it; rows: int64 [R], indices
-        into the T tokens. Returns float32 [R, vocab].
+        token_ids: int64 [T]; `step` as `kernels.prepare_step` returned it. Returns float32
+        [T, hidden], of which `logits` takes the rows that are wanted.
         """
         kernels, heads, scale = self._kernels, self.arch.heads, self.arch.attention_scale
         project, norm, activation = kernels.project, kernels.norm, self.arch.activation
@@ -141,8 +141,8 @@ class Decoder:
                 x = project(wide, layer.down, step, residual=x)
             else:
                 x = norm(project(wide, layer.down, step), layer.post_mlp_norm, residual=x)
-        if len(rows) == 0:
-            return x.new_empty((0, self.arch.vocab))
-        if len(rows) < len(x):
-            x = torch.from_numpy(x.numpy()[rows.numpy()])  # torch would wake its own threads for x[rows]
-        return project(x, self._head, None, norm=self._final_norm)
+        return x
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Rows of what `forward` returned, float32 [R, hidden] -> float32 [R, vocab]."""
+        return self._kernels.project(states, self._head, None, norm=self._final_norm)

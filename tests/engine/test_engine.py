@@ -13,17 +13,39 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from engine_harness import ADAPTERS, MakeLLM
 
 from chiliad import LLM, SamplingParams
-from chiliad.config import SchedulerConfig
-from chiliad.core import AdapterUse, AdapterVersion, BaseInfo, Chunk, Event, Failed, Finished, Request
-from chiliad.engine.engine import WORKSPACE
+from chiliad.config import KernelConfig, SchedulerConfig
+from chiliad.core import (
+    AdapterUse,
+    AdapterVersion,
+    BaseInfo,
+    Chunk,
+    Event,
+    Failed,
+    Finished,
+    Request,
+    StepOutput,
+    StepPlan,
+)
+from chiliad.engine.runner import workspace
 from chiliad.engine.stream import AsyncEngine
-from chiliad.errors import ContextLengthExceeded, InvalidConfig, InvalidRequest, ModelNotFound, Unavailable
+from chiliad.errors import (
+    ContextLengthExceeded,
+    InvalidAdapter,
+    InvalidConfig,
+    InvalidRequest,
+    ModelNotFound,
+    Unavailable,
+)
+from chiliad.kernels.base import AdapterRows
 from chiliad.testing import write_random_adapter
 
 PATIENCE = 200.0  # seconds, for a machine that does other things too
@@ -113,12 +135,9 @@ def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: 
     largest = max(store.pages_needed(probe.registry.resolve(name)) for name in ADAPTERS)
     blocks_for_three = 3 * layout.num_layers * -(-150 // layout.block_tokens)
     pages = largest + blocks_for_three
-    tight = probe.model.nbytes + WORKSPACE + pages * layout.page_bytes
-    llm = make_llm(
-        adapters=folder,
-        memory=tight,
-        scheduler=SchedulerConfig(max_step_tokens=40, max_sequences=24),
-    )
+    scheduler = SchedulerConfig(max_step_tokens=40, max_sequences=24)
+    aside = probe.model.nbytes + workspace(probe.model.arch, scheduler)
+    llm = make_llm(adapters=folder, memory=aside + pages * layout.page_bytes, scheduler=scheduler)
     driver = Driver(llm)
     waiting = list(range(64))
     replaced, changed = 0, False
@@ -288,6 +307,112 @@ def test_a_failing_step_spares_later_ones(make_llm: MakeLLM, monkeypatch: pytest
     assert solo(llm, [5, 6], None)
 
 
+def test_who_makes_a_step_fail_fails_alone(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others get what they would have got, sampled tokens included."""
+    llm = make_llm()
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=12, ignore_eos=True, n=2)
+    names = [None, "r8-qv", None]
+    texts = prompts(3, seed=3)
+    expected = [llm.generate(p, params, n)[0].choices for p, n in zip(texts, names, strict=True)]
+    run = llm.engine._runner.run
+
+    def sometimes(plan: StepPlan, samplers: object) -> StepOutput:
+        out = run(plan, samplers)  # type: ignore[arg-type]
+        if any(w.sequence.request.id == "bad" and w.sequence.num_output == 4 for w in plan.work):
+            raise ValueError("boom")  # when everybody has drawn
+        return out
+
+    monkeypatch.setattr(llm.engine._runner, "run", sometimes)
+    driver = Driver(llm)
+    for i, (prompt, name) in enumerate(zip(texts, names, strict=True)):
+        driver.submit(f"good{i}", prompt, name, replace(params, n=1))
+    driver.submit("bad", [5, 6], None, params)
+    driver.until(lambda: llm.engine.idle)
+    failed = driver.ended["bad"]
+    assert isinstance(failed, Failed)
+    assert "ValueError" in str(failed.error)
+    assert "boom" not in str(failed.error)
+    for i, choices in enumerate(expected):
+        assert driver.tokens[f"good{i}"] == choices[0].token_ids
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_an_adapter_that_overflows_fails_its_requests_only(
+    make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo, kernels: str
+) -> None:
+    """Finite values, each of them, that make NaN of everything; memory they were in serves others."""
+    huge = write_random_adapter(tmp_path / "huge", tiny_base, rank=8, targets="all-linear", std=3e37)
+    llm = make_llm(kernel=KernelConfig(kernels))
+    llm.engine.add_adapter(huge, "huge")
+    texts = prompts(4, seed=9)
+    names = [None, "r8-qv", "r64-all", None]
+    alone = [solo(llm, prompt, name) for prompt, name in zip(texts, names, strict=True)]
+    driver = Driver(llm)
+    for i, (prompt, name) in enumerate(zip(texts, names, strict=True)):
+        driver.submit(f"good{i}", prompt, name, GREEDY)
+        driver.submit(f"huge{i}", prompt, "huge", replace(GREEDY, temperature=float(i % 2), n=1 + i // 2))
+    driver.until(lambda: llm.engine.idle)
+    for i in range(4):
+        failed = driver.ended[f"huge{i}"]
+        assert isinstance(failed, Failed)
+        assert isinstance(failed.error, InvalidAdapter)
+        assert "huge@1" in str(failed.error)
+        assert isinstance(driver.ended[f"good{i}"], Finished)
+        assert driver.tokens[f"good{i}"] == alone[i]
+    driver.submit("later", texts[0], None, GREEDY)
+    driver.until(lambda: llm.engine.idle)
+    assert driver.tokens["later"] == alone[0]
+
+
+def test_an_odd_failure_of_a_load_is_its_requests_alone(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make_llm()
+    prepare = llm.engine.kernels.prepare_adapter
+
+    def refuse(rows: AdapterRows) -> AdapterRows:
+        if any(len(row.a) == 3 for row in rows.low_rank.values()):
+            raise TypeError("boom")
+        return prepare(rows)
+
+    monkeypatch.setattr(llm.engine.kernels, "prepare_adapter", refuse)
+    driver = Driver(llm)
+    driver.submit("bad", [5, 6], "r3-qv", GREEDY)
+    driver.submit("good", [5, 6], "r8-qv", GREEDY)
+    driver.until(lambda: llm.engine.idle)
+    assert isinstance(driver.ended["bad"], Failed)
+    assert isinstance(driver.ended["good"], Finished)
+
+
+def test_prompts_are_scored_in_bounded_memory(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm()
+    vocab = llm.model.arch.vocab
+    prompt = prompts(1, seed=6, longest=60)[0] * 4
+    params = SamplingParams(max_tokens=1, prompt_logprobs=2)
+    whole = llm.generate(prompt, params)[0].prompt_logprobs
+    logits, rows = llm.model.decoder.logits, []
+
+    def spy(states: torch.Tensor) -> torch.Tensor:
+        rows.append(len(states))
+        return logits(states)
+
+    monkeypatch.setattr(llm.model.decoder, "logits", spy)
+    monkeypatch.setattr("chiliad.engine.runner._SCORED", 7 * 4 * vocab)
+    assert llm.generate(prompt, params)[0].prompt_logprobs == whole
+    assert max(rows) == 7
+    assert sum(rows) == len(prompt)
+
+
+def test_what_a_step_takes_is_kept_out_of_the_pool(make_llm: MakeLLM) -> None:
+    """More tokens in a step, or more logits, leave fewer pages."""
+    few = make_llm(scheduler=SchedulerConfig(max_step_tokens=64, max_sequences=8))
+    many = make_llm(scheduler=SchedulerConfig(max_step_tokens=4096, max_sequences=1024))
+    arch, page = few.model.arch, few.engine.layout.page_bytes
+    logits = 4 * arch.vocab * (1024 - 8)
+    least = logits + 4 * (4096 - 64) * (arch.hidden + 2 * arch.ffn)
+    assert (few.engine.pool.num_pages - many.engine.pool.num_pages) * page >= least
+
+
 def test_a_long_list_of_prompts_is_no_overload(make_llm: MakeLLM) -> None:
     llm = make_llm(scheduler=SchedulerConfig(max_waiting=2, max_sequences=2))
     params = SamplingParams(max_tokens=1, n=2)
@@ -362,12 +487,21 @@ def test_after_its_end_an_engine_refuses(make_llm: MakeLLM) -> None:
         llm.engine.call(lambda: 1).result(timeout=PATIENCE)
 
 
-async def test_every_request_hears_of_a_dead_engine(make_llm: MakeLLM) -> None:
+async def test_every_request_hears_of_a_dead_engine(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that run, those in the inbox, and those that come between the crash and its notice."""
     engine = make_llm().engine
+    run = engine._runner.run
+
+    def slowly(*arguments: Any) -> StepOutput:
+        time.sleep(0.02)  # what runs must not end before the crash
+        return run(*arguments)
+
+    monkeypatch.setattr(engine._runner, "run", slowly)
     door = AsyncEngine(lambda sink: setattr(engine, "_sink", sink) or engine)  # type: ignore[func-returns-value]
     await door.start()
-    running = door.generate(Request("running", (5, 6), GREEDY))
+    running = door.generate(Request("running", (5, 6), replace(GREEDY, max_tokens=450)))
     await anext(running)
     posted: asyncio.Queue[Event] = asyncio.Queue()
     door._queues["posted"] = posted  # as `generate` does before it submits

@@ -30,28 +30,40 @@ def kernels(request: pytest.FixtureRequest) -> CpuKernels:
 
 
 def test_greedy_takes_the_first_of_equals(kernels: CpuKernels) -> None:
-    """Ties go to the lowest id and NaN counts as largest: what torch.argmax does."""
-    logits = torch.zeros(6, 1000)
+    """Ties go to the lowest id: what torch.argmax does."""
+    logits = torch.zeros(4, 1000)
     logits[1, [999, 300, 700]] = 5.0
-    logits[2] = -INF
-    logits[3, 17] = INF
-    logits[4, [40, 600]] = torch.tensor([INF, NAN])
-    logits[5, 999] = 1e-30
-    tokens = kernels.sample(logits, sample_batch(6, temperature=0.0)).tokens
-    assert tokens.tolist() == logits.argmax(-1).tolist() == [0, 300, 0, 17, 600, 999]
+    logits[2, 999] = 1e-30
+    logits[3, :] = -INF
+    logits[3, 640] = -3e38
+    tokens = kernels.sample(logits, sample_batch(4, temperature=0.0)).tokens
+    assert tokens.tolist() == logits.argmax(-1).tolist() == [0, 300, 999, 640]
 
 
-def test_rows_without_a_distribution_still_end(kernels: CpuKernels) -> None:
-    """All banned, infinite or NaN: any token is as good, but there must be one."""
-    logits = torch.zeros(5, 300)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("logprobs", [-1, 0, 3])
+def test_rows_without_a_distribution_have_no_token(
+    kernels: CpuKernels, temperature: float, logprobs: int
+) -> None:
+    """All banned, infinite or NaN, wherever it is; the rows beside them are as always."""
+    logits = torch.zeros(9, 300)
     logits[0] = -INF
     logits[1, 7] = INF
     logits[2, 9] = NAN
     logits[3] = NAN
-    logits[4, :] = -3e38
-    tokens = kernels.sample(logits, sample_batch(5, top_p=0.9, uniform=0.99)).tokens
-    assert tokens[:4].tolist() == [0, 7, 9, 0]
-    assert 0 <= tokens[4] < 300
+    logits[4, 299] = NAN
+    logits[5, [40, 299]] = torch.tensor([INF, NAN])
+    logits[6, :] = -3e38
+    everything = np.arange(300, dtype=np.int32)
+    batch = sample_batch(
+        9, temperature=temperature, top_p=0.9, uniform=0.99, logprobs=[logprobs] * 9,
+        banned=[None] * 8 + [everything],
+    )  # fmt: skip
+    for implementation in (kernels, ReferenceKernels()):
+        sampled = implementation.sample(logits, batch)
+        assert (sampled.tokens >= 0).tolist() == [False] * 6 + [True, True, False]
+        if logprobs >= 0:
+            assert np.isfinite(sampled.logprob).tolist() == (sampled.tokens >= 0).tolist()
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])

@@ -170,13 +170,6 @@ def test_static_split_keeps_each_within_its_share() -> None:
         pool.alloc(1, Owner.KV)
 
 
-def test_pinned_pages_lower_what_others_can_ever_have() -> None:
-    pool = PagePool(10)
-    pool.alloc(4, Owner.PINNED)
-    assert pool.limit(Owner.KV) == 6
-    assert pool.usage() == {"free": 6, "kv": 0, "adapter": 0, "pinned": 4}
-
-
 def test_double_free_is_noticed() -> None:
     pool = PagePool(4)
     pages = pool.alloc(2, Owner.KV)

@@ -52,5 +52,5 @@ class Harness:
         )
         step = self.kernels.prepare_step(step)
         with torch.inference_mode():
-            logits = self.decoder.forward(torch.tensor(tokens), step, torch.arange(len(tokens)))
+            logits = self.decoder.logits(self.decoder.forward(torch.tensor(tokens), step))
         return list(logits.split([len(new) for _, new in work]))

@@ -11,7 +11,6 @@ from model_harness import Harness
 
 from chiliad.errors import InvalidConfig
 from chiliad.kernels import Kernels, load
-from chiliad.kernels.reference import ReferenceKernels
 from chiliad.models import load_decoder, open_source
 
 TOLERANCE = 1e-4
@@ -135,27 +134,6 @@ def test_logits_equal_transformers(case: str, which: str, tmp_path: Path) -> Non
 
     for got, want in zip((whole, torch.cat(chunks), torch.cat(decode)), expected, strict=True):
         assert (got - want).abs().max() <= TOLERANCE
-
-
-def test_only_the_rows_asked_for(tmp_path: Path) -> None:
-    save(CASES["llama"], tmp_path)
-    kernels = ReferenceKernels()
-    decoder, _ = load_decoder(open_source(str(tmp_path)), kernels, "float32")
-    harness = Harness(decoder, kernels)
-    forward, seen = decoder.forward, []
-
-    def spy(token_ids: torch.Tensor, step: object, rows: torch.Tensor) -> torch.Tensor:
-        every = forward(token_ids, step, rows)  # type: ignore[arg-type]
-        some = forward(token_ids, step, torch.tensor([4, 1]))  # type: ignore[arg-type]
-        none = forward(token_ids, step, torch.tensor([], dtype=torch.int64))  # type: ignore[arg-type]
-        torch.testing.assert_close(some, every[[4, 1]])  # torch promises no bits
-        assert none.shape == (0, 101)
-        seen.append(True)
-        return every
-
-    decoder.forward = spy  # type: ignore[method-assign]
-    harness.step([(0, [1, 2, 3, 4, 5])])
-    assert seen
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma3", "gpt2"])

@@ -81,17 +81,19 @@ class Row {
     }
     const bool changed = adjust();
     if (changed || row_.logprobs < 0) look();
-    *token = nan_ || row_.temperature == 0 || !std::isfinite(peak_ / row_.temperature) ? argmax() : draw();
+    if (nan_ || !std::isfinite(peak_))
+      *token = -1;
+    else
+      *token = row_.temperature == 0 || !std::isfinite(peak_ / row_.temperature) ? argmax() : draw();
     restore();
-    *logprob = row_.logprobs >= 0 ? x_[*token] - raw_peak - static_cast<float>(log_sum) : 0.0f;
+    *logprob = row_.logprobs < 0 ? 0.0f : *token < 0 ? kNaN : x_[*token] - raw_peak - static_cast<float>(log_sum);
   }
 
  private:
   void look() { peak_ = ops_.peak(x_, vocab_, tops_, &nan_); }
 
-  // The first of the largest; a NaN counts as larger than any number, as in torch.
+  // The first of the largest.
   std::int32_t argmax() const {
-    if (nan_) return static_cast<std::int32_t>(std::find_if(x_, x_ + vocab_, [](float v) { return v != v; }) - x_);
     int chunk = 0;
     while (tops_[chunk] != peak_) ++chunk;
     return static_cast<std::int32_t>(std::find(x_ + chunk * kChunk, x_ + vocab_, peak_) - x_);

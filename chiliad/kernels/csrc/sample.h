@@ -43,7 +43,7 @@ struct SampleRow {
 };
 
 // logits [R, vocab] are changed while a row is worked on and restored before this returns. tokens
-// and logprob: [R]; top_ids and top_logprobs: [R, top_width], the first row.logprobs entries set.
+// (-1: none can be chosen) and logprob: [R]; top_ids and top_logprobs: [R, top_width], the first row.logprobs entries set.
 void sample(Kernels& kernels, float* logits, int vocab, const std::vector<SampleRow>& rows, std::int32_t* tokens,
             float* logprob, std::int32_t* top_ids, float* top_logprobs, int top_width);
 
