@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
@@ -36,7 +36,10 @@ from chiliad.errors import (
     InvalidConfig,
     InvalidRequest,
     ModelNotFound,
+    Unavailable,
 )
+
+_PATIENCE = 10_000  # milliseconds that a writer waits for a writer in another process
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -132,6 +135,9 @@ class _Row:
 class Registry:
     """Adapters by name. Safe to use from any thread.
 
+    Those who ask wait for nobody, not even for a writer in another process: SQLite's write-ahead
+    log serves them as of the last commit, each on a connection of its own. So the event loop may.
+
     path: a file, or ":memory:". With `base`, adapters are checked against it when they are
     added, and those of other bases are kept but not listed. Without (`chiliad adapters ls`),
     folders are only read, and checked when a server resolves them.
@@ -144,12 +150,15 @@ class Registry:
         self._limits = limits or peft.Limits()
         self._lock = threading.RLock()
         self._plans: dict[str, AdapterPlan] = {}  # by recipe: a scan meets few, thousands of times
-        self._counted: tuple[tuple[int, int], int] = ((-1, -1), 0)  # state of the database, count
+        self._counted: dict[sqlite3.Connection, tuple[int, int]] = {}  # state of the database, count
+        self._path = path
+        self._open: list[sqlite3.Connection] = []
+        self._spare: list[sqlite3.Connection] = []  # open for reading, and not in use
+        self._finalizer = weakref.finalize(self, _close, self._open)
         try:
             if path != ":memory:":
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=10)
-            self._finalizer = weakref.finalize(self, self._db.close)
+            self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._migrate()
@@ -198,7 +207,7 @@ class Registry:
         with self._writing():
             if self._db.execute("SELECT 1 FROM adapter WHERE name = ?", (alias,)).fetchone():
                 raise AdapterExists(f"{alias} is the name of an adapter: choose another alias", param="alias")
-            if self._find(target) is None:  # an alias of an alias would have to be followed
+            if _find(self._db, target) is None:  # an alias of an alias would have to be followed
                 raise self._not_found(target)
             self._db.execute("INSERT OR REPLACE INTO alias VALUES (?, ?)", (alias, target))
 
@@ -220,10 +229,10 @@ class Registry:
             raise InvalidConfig(f"no folder at {root}: create it, or name another with --adapters")
         origin = f"scan:{root}"
         report = ScanReport()
-        with self._lock:
+        with self._reading() as db:
             known = {
                 name: (version, f"{path}|{stamp}", fingerprint)
-                for name, version, path, stamp, fingerprint in self._db.execute(
+                for name, version, path, stamp, fingerprint in db.execute(
                     "SELECT v.name, v.version, v.path, v.stamp, v.base FROM adapter a "
                     "JOIN version v ON v.name = a.name AND v.version = a.version WHERE v.origin = ?",
                     (origin,),
@@ -276,13 +285,13 @@ class Registry:
         when the adapter was registered for another base. One that was registered without any
         base is checked now, which may raise AdapterError.
         """
-        with self._lock:
-            entry = self._find(name)
+        with self._reading() as db:
+            entry = _find(db, name)
             if entry is None:
-                alias = self._db.execute("SELECT target FROM alias WHERE alias = ?", (name,)).fetchone()
-                entry = self._find(alias[0]) if alias else None
+                alias = db.execute("SELECT target FROM alias WHERE alias = ?", (name,)).fetchone()
+                entry = _find(db, alias[0]) if alias else None
             if entry is None:
-                bad = self._db.execute("SELECT message FROM rejected WHERE name = ?", (name,)).fetchone()
+                bad = db.execute("SELECT message FROM rejected WHERE name = ?", (name,)).fetchone()
                 if bad:
                     raise InvalidAdapter(
                         f"adapter {name} was found but not accepted: {bad[0]}", param="model"
@@ -301,8 +310,8 @@ class Registry:
     def entry(self, name: str) -> Entry:
         """The listing entry of what `name` means now. Raises as `resolve` does."""
         adapter = self.resolve(name)
-        with self._lock:
-            found = self._find(str(adapter))
+        with self._reading() as db:
+            found = _find(db, str(adapter))
         if found is None:
             raise self._not_found(name)
         return found
@@ -317,16 +326,17 @@ class Registry:
         if self.base is not None:
             sql += " AND v.base IN (?, '')"
             values.append(self.base.fingerprint)
-        with self._lock:
-            rows = self._db.execute(sql + " ORDER BY a.name LIMIT ?", (*values, max(limit, 0))).fetchall()
+        with self._reading() as db:
+            rows = db.execute(sql + " ORDER BY a.name LIMIT ?", (*values, max(limit, 0))).fetchall()
         return [_entry(row) for row in rows]
 
     def count(self) -> int:
         """Adapters that `page` would list. Counted anew only after a change: it takes a look at all."""
-        with self._lock:
-            # the first number moves with changes by other connections, the second with ours
-            state = (self._db.execute("PRAGMA data_version").fetchone()[0], self._db.total_changes)
-            if state != self._counted[0]:
+        with self._reading() as db:
+            # the first number moves with changes by other connections, the second with its own
+            state = int(db.execute("PRAGMA data_version").fetchone()[0]) + db.total_changes
+            known, number = self._counted.get(db, (-1, 0))
+            if state != known:
                 sql, values = "SELECT count(*) FROM adapter", []
                 if self.base is not None:
                     sql += (
@@ -334,32 +344,33 @@ class Registry:
                         "WHERE v.base IN (?, '')"
                     )
                     values.append(self.base.fingerprint)
-                self._counted = (state, int(self._db.execute(sql, values).fetchone()[0]))
-            return self._counted[1]
+                number = int(db.execute(sql, values).fetchone()[0])
+                self._counted[db] = (state, number)
+            return number
 
     def versions(self, name: str) -> list[AdapterVersion]:
         """Every version of a name, oldest first. Raises ModelNotFound."""
-        with self._lock:
-            rows = self._db.execute(_ENTRY + "WHERE v.name = ? ORDER BY v.version", (name,)).fetchall()
+        with self._reading() as db:
+            rows = db.execute(_ENTRY + "WHERE v.name = ? ORDER BY v.version", (name,)).fetchall()
         if not rows:
             raise self._not_found(name)
         return [_entry(row).adapter for row in rows]
 
     def knows(self, digest: str) -> bool:
         """Whether any name means this content."""
-        with self._lock:
-            return bool(self._db.execute("SELECT 1 FROM version WHERE digest = ?", (digest,)).fetchone())
+        with self._reading() as db:
+            return bool(db.execute("SELECT 1 FROM version WHERE digest = ?", (digest,)).fetchone())
 
     def aliases(self, name: str | None = None) -> dict[str, str]:
         """Aliases and what they mean, of one adapter or of all."""
-        with self._lock:
-            rows = self._db.execute("SELECT alias, target FROM alias ORDER BY alias").fetchall()
+        with self._reading() as db:
+            rows = db.execute("SELECT alias, target FROM alias ORDER BY alias").fetchall()
         return {alias: target for alias, target in rows if name is None or target.partition("@")[0] == name}
 
     def rejected(self) -> list[Rejected]:
         """Folders that scans could not register."""
-        with self._lock:
-            rows = self._db.execute("SELECT name, path, code, message FROM rejected ORDER BY name").fetchall()
+        with self._reading() as db:
+            rows = db.execute("SELECT name, path, code, message FROM rejected ORDER BY name").fetchall()
         return [Rejected(*row) for row in rows]
 
     # -- inside --------------------------------------------------------------------------
@@ -377,10 +388,39 @@ class Registry:
                     self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
 
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(
+            self._path, check_same_thread=False, isolation_level=None, timeout=_PATIENCE / 1000
+        )
+        self._open.append(db)
+        return db
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection that nobody else uses meanwhile; all share the one to a database in memory."""
+        if self._path == ":memory:":
+            with self._lock:
+                yield self._db
+            return
+        try:
+            db = self._spare.pop()
+        except IndexError:
+            db = self._connect()
+        try:
+            yield db
+        finally:
+            self._spare.append(db)
+
     @contextmanager
     def _writing(self) -> Iterator[None]:
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                raise Unavailable(
+                    f"the adapter registry cannot be written ({error}): another process holds it, try again later",
+                    retry_after=5.0,
+                ) from error
             try:
                 yield
             except BaseException:
@@ -436,7 +476,7 @@ class Registry:
         not yet checked against is the same version, known better.
         """
         new, adapter, now = row.entry, row.entry.adapter, time.time()
-        old = self._find(adapter.name)
+        old = _find(self._db, adapter.name)
         if old is not None and old.adapter.digest == adapter.digest:
             self._update(str(old.adapter), row)
             return old.adapter if not new.base else changed(adapter, version=old.adapter.version)
@@ -477,25 +517,42 @@ class Registry:
         row = self._inspect(old.path, old.name, entry.origin)
         if row.entry.adapter.digest != old.digest:
             raise peft.changed(old.path)
-        with self._writing():
-            self._update(str(old), row)
+        self._note(str(old), row)
         return changed(row.entry, adapter=changed(old, ranks=row.entry.adapter.ranks))
 
-    def _find(self, name: str) -> Entry | None:
-        """The entry of "name" or "name@2", without aliases. The lock is held."""
-        plain, at, version = name.partition("@")
-        if at and not (version.isascii() and version.isdigit() and len(version) < 10):
-            return None
-        which = "v.version = ?" if at else "v.version = a.version"
-        row = self._db.execute(
-            _ENTRY + f"WHERE a.name = ? AND {which}", (plain, int(version)) if at else (plain,)
-        ).fetchone()
-        return None if row is None else _entry(row)
+    def _note(self, version: str, row: _Row) -> None:
+        """`_update`, unless somebody writes just now: then whoever asks next will do it."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._db.execute("PRAGMA busy_timeout = 0")
+            with suppress(Unavailable), self._writing():
+                self._update(version, row)
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout = {_PATIENCE}")
+            self._lock.release()
 
     def _not_found(self, name: str) -> ModelNotFound:
         return ModelNotFound(
             f"there is no model or adapter {name[:140]!a}: GET /v1/models lists what is served", param="model"
         )
+
+
+def _close(connections: list[sqlite3.Connection]) -> None:
+    for connection in connections:
+        connection.close()
+
+
+def _find(db: sqlite3.Connection, name: str) -> Entry | None:
+    """The entry of "name" or "name@2", without aliases."""
+    plain, at, version = name.partition("@")
+    if at and not (version.isascii() and version.isdigit() and len(version) < 10):
+        return None
+    which = "v.version = ?" if at else "v.version = a.version"
+    row = db.execute(
+        _ENTRY + f"WHERE a.name = ? AND {which}", (plain, int(version)) if at else (plain,)
+    ).fetchone()
+    return None if row is None else _entry(row)
 
 
 def _compact(ranks: tuple[int, ...]) -> str:

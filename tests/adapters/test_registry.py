@@ -24,6 +24,7 @@ from chiliad.errors import (
     InvalidConfig,
     InvalidRequest,
     ModelNotFound,
+    Unavailable,
 )
 from chiliad.testing import SMOLLM2, base_info, write_random_adapter
 
@@ -271,8 +272,10 @@ def test_count_follows_every_writer(tmp_path: Path, folder: Path) -> None:
         closing(Registry(tmp_path / "r.sqlite", BASE)) as here,
         closing(Registry(tmp_path / "r.sqlite", BASE)) as there,
     ):
+        assert here.count() == 0
+        (asked,) = here._spare
         looks: list[str] = []
-        here._db.set_trace_callback(lambda sql: looks.append(sql) if "count(*)" in sql else None)
+        asked.set_trace_callback(lambda sql: looks.append(sql) if "count(*)" in sql else None)
         for number in (1, 2):
             here.add(folder, f"mine{number}")
             there.add(folder, f"yours{number}")
@@ -280,6 +283,52 @@ def test_count_follows_every_writer(tmp_path: Path, folder: Path) -> None:
         there.remove("mine1")
         assert (here.count(), here.count(), there.count()) == (3, 3, 3)
         assert len(looks) == 3
+
+
+def test_asking_waits_for_no_writer(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop asks: neither another process that writes nor a thread that waits for it may stop it."""
+    monkeypatch.setattr("chiliad.adapters.registry._PATIENCE", 200_000)
+    path = tmp_path / "r.sqlite"
+    with closing(Registry(path)) as early:
+        early.add(folder, "early")  # checked against no base yet: the first who asks does it
+    with (
+        closing(Registry(path, BASE)) as registry,
+        closing(sqlite3.connect(path, isolation_level=None)) as stranger,
+    ):
+        registry.add(folder, "known")
+        stranger.execute("BEGIN IMMEDIATE")
+        waiting = threading.Thread(target=registry.remove, args=("known",))
+        waiting.start()
+        while registry._lock.acquire(blocking=False):  # until the thread has it
+            registry._lock.release()
+        assert registry.resolve("known").name == registry.entry("known").adapter.name == "known"
+        assert len(registry.resolve("early").ranks) == len(BASE.sites)
+        assert [entry.adapter.name for entry in registry.page()] == ["early", "known"]
+        assert (registry.count(), len(registry.versions("known"))) == (2, 1)
+        assert waiting.is_alive()
+        stranger.execute("ROLLBACK")
+        waiting.join(60)
+        assert not waiting.is_alive()
+        with pytest.raises(ModelNotFound):
+            registry.resolve("known")
+        registry.resolve("early")  # now it is noted
+        assert registry.entry("early").base == BASE.fingerprint
+
+
+def test_a_registry_that_cannot_be_written_says_so(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chiliad.adapters.registry._PATIENCE", 10)
+    path = tmp_path / "r.sqlite"
+    with (
+        closing(Registry(path, BASE)) as registry,
+        closing(sqlite3.connect(path, isolation_level=None)) as stranger,
+    ):
+        stranger.execute("BEGIN IMMEDIATE")
+        with pytest.raises(Unavailable, match="another process"):
+            registry.add(folder, "a")
+        stranger.execute("ROLLBACK")
+        registry.add(folder, "a")
 
 
 def test_scan(tmp_path: Path) -> None:
