@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from serve_fake import Connect, FakeEngine
-from test_endpoints import HI, chat, error
+from test_endpoints import HI, error
 
 from chiliad.config import ServerConfig
 from chiliad.errors import InvalidConfig, Unauthorized

@@ -1,0 +1,3 @@
+from chiliad.cli import main
+
+main()
