@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+from chiliad.models.layers import plain
 from chiliad.models.packages import locate
 from chiliad.models.sources import open_source
 
@@ -26,7 +27,7 @@ def export(folder: Path) -> None:
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     config = dict(source.config) | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in source.tensors()}
+    tensors = {name: plain(tensor).to(torch.bfloat16).contiguous() for name, tensor in source.tensors()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

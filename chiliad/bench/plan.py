@@ -22,13 +22,13 @@ from chiliad.core import Site
 from chiliad.engine.runner import workspace
 from chiliad.errors import InvalidConfig
 from chiliad.kernels import load
+from chiliad.kernels.cases import BYTES_PER_WEIGHT
 from chiliad.memory.arena import pack_rows
 from chiliad.memory.kv import kv_layout
 from chiliad.models import Arch, open_source
 from chiliad.models.layers import Linear, Norm
 from chiliad.models.weights import blueprint, head_dtype, table_dtype
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}  # per weight, with scales
 _FITS = 0.99  # attainment from which the answer is yes
 
 
@@ -52,7 +52,7 @@ class Base:
         for part in plan.parts().values():
             if isinstance(part, Linear):
                 count, kind = part.in_features * sum(part.sizes), head_dtype(dtype) if part.head else dtype
-                nbytes += count * _BYTES[kind] + (4 * sum(part.sizes) if kind == "int8" else 0)
+                nbytes += count * BYTES_PER_WEIGHT[kind]
                 parameters += count
             elif isinstance(part, Norm):
                 nbytes += 4 * part.size

@@ -26,6 +26,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 Tensor = torch.Tensor
 
@@ -137,6 +138,64 @@ class LinearSpec:
         return sum(self.sizes)
 
 
+GROUP = 32  # inputs that share a scale
+_CHUNK = 4096  # groups at a time, so that they stay in cache
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight in few bits: scale * level + minimum, with a scale for every 32 inputs.
+
+    This is what Q4_0, Q4_1 and Q8_0 blocks of GGUF files hold, and what `quantize` makes of others.
+    """
+
+    levels: Tensor  # [out, in]: int8 -127..127 (int8), uint8 0..15 (int4)
+    scale: Tensor  # float16 [out, ceil(in / 32)]
+    minimum: Tensor | None = None  # the same; int4 only
+
+    @property
+    def dtype(self) -> str:
+        return "int8" if self.minimum is None else "int4"
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.levels.shape
+
+    def dequantize(self) -> Tensor:
+        """float32 [out, in]: the product is exact, the sum rounded."""
+        out, width = self.shape
+        levels = F.pad(self.levels, (0, -width % GROUP)) if width % GROUP else self.levels
+        grouped = levels.reshape(-1, GROUP).numpy()
+        scale = self.scale.float().view(-1, 1).numpy()
+        minimum = None if self.minimum is None else self.minimum.float().view(-1, 1).numpy()
+        y = np.empty(grouped.shape, np.float32)
+        with np.errstate(all="ignore"):  # a file's scales may be infinite or NaN
+            for start in range(0, len(y), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                np.multiply(grouped[part], scale[part], out=y[part])
+                if minimum is not None:
+                    y[part] += minimum[part]
+        return torch.from_numpy(y).view(out, -1)[:, :width]
+
+    def sample(self, step: int) -> Tensor:
+        """Every step-th element of `dequantize().flatten()`."""
+        width = self.shape[1]
+        index = torch.arange(0, self.levels.numel(), step)
+        group = index // width * self.scale.shape[1] + index % width // GROUP
+        y = self.levels.flatten()[index] * self.scale.float().flatten()[group]
+        return y if self.minimum is None else y + self.minimum.float().flatten()[group]
+
+    @staticmethod
+    def cat(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+        """Stacked along out; all of one dtype."""
+        minima = [w.minimum for w in weights if w.minimum is not None]
+        return QuantizedWeight(
+            torch.cat([w.levels for w in weights]),
+            torch.cat([w.scale for w in weights]),
+            torch.cat(minima) if minima else None,
+        )
+
+
 class PackedLinear(Protocol):
     @property
     def spec(self) -> LinearSpec:
@@ -184,8 +243,14 @@ class Kernels(Protocol):
     name: str
     reason: str
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, spec: LinearSpec) -> PackedLinear:
-        """weight: [out, in] float32 or bfloat16 (projections stacked along out); bias: float32 [out]."""
+    def pack_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, spec: LinearSpec
+    ) -> PackedLinear:
+        """weight: [out, in] float32 or bfloat16 (projections stacked along out); bias: float32 [out].
+
+        A quantised weight of the spec's dtype is packed as it is, exactly; a plain one is rounded
+        first (`quantize`) if the spec's dtype is int8 or int4.
+        """
 
     def pack_embedding(self, weight: Tensor, dtype: torch.dtype) -> object:
         """weight: [vocab, hidden]. The result is passed back to `embed`."""

@@ -202,8 +202,12 @@ def build_adapters(
 # -- project and norm ------------------------------------------------------------------------
 
 #: Error of float32 sums in another order; and of bfloat16 inputs that round to the neighbour
-#: because a fused norm differs in its last bit.
-_TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-3, "int8": 6e-3, "int4": 6e-3}
+#: because a fused norm differs in its last bit. int8 and int4: where weights are unpacked to bfloat16,
+#: scale * level + minimum is rounded to that.
+_TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-3, "int8": 3e-2, "int4": 3e-2}
+
+#: With scales and minima.
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1 + 2 / 32, "int4": 0.5 + 4 / 32}
 
 
 def make_norm(kind: str | None, features: int, g: torch.Generator) -> NormSpec | None:
@@ -272,7 +276,7 @@ def project_case(
 
         return Run(call, guarded.guards)
 
-    item_bytes = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / 32}[dtype]
+    item_bytes = BYTES_PER_WEIGHT[dtype]
     rank_bytes = 0 if traffic == "none" else adapters()[2]
     rank_flops = 2.0 * rank_bytes / stored.itemsize * (rows if traffic == "identical" else 1)
     return Case(

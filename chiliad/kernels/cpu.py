@@ -15,18 +15,20 @@ import torch
 import chiliad.kernels._core as _core
 from chiliad.errors import InvalidConfig, KernelError
 from chiliad.kernels.base import (
+    GROUP,
     Activation,
     AdapterRows,
     KVLayout,
     LinearSpec,
     NormSpec,
     PackedLinear,
+    QuantizedWeight,
     SampleBatch,
     Sampled,
     Step,
     Tensor,
 )
-from chiliad.kernels.reference import ReferenceKernels
+from chiliad.kernels.reference import ReferenceKernels, fitted
 
 # Codes of the enums in csrc/batch.h and csrc/linear.h.
 _DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -73,6 +75,15 @@ def _norm(spec: NormSpec, features: int) -> tuple[int, int, int, float]:
             raise KernelError(f"norm vectors must be contiguous float32 [{features}]")
     bias = 0 if spec.bias is None else spec.bias.data_ptr()
     return _NORMS[spec.kind], spec.weight.data_ptr(), bias, spec.eps
+
+
+def _check_levels(levels: Tensor, scale: Tensor, minimum: Tensor | None) -> None:
+    groups = (levels.shape[0], -(-levels.shape[1] // GROUP))
+    stored = torch.int8 if minimum is None else torch.uint8
+    if levels.dtype != stored or any(
+        t is not None and (t.dtype != torch.float16 or t.shape != groups) for t in (scale, minimum)
+    ):
+        raise KernelError(f"levels are {stored} [out, in], scales and minima float16 {list(groups)}")
 
 
 class CpuKernels(ReferenceKernels):
@@ -146,20 +157,29 @@ class CpuKernels(ReferenceKernels):
             raise KernelError(f"bad step: {bad}") from bad
         return step
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, spec: LinearSpec) -> PackedLinear:
-        if weight.shape != (spec.out_features, spec.in_features):
-            raise KernelError(f"weight {tuple(weight.shape)} does not fit {spec}")
-        if weight.dtype not in (torch.float32, torch.bfloat16):
-            weight = weight.float()
-        weight = weight.contiguous()
+    def pack_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, spec: LinearSpec
+    ) -> PackedLinear:
+        fit = fitted(weight, spec)
+        scale = minimum = None
+        if isinstance(fit, QuantizedWeight):
+            data, dtype = fit.levels.contiguous(), fit.dtype
+            scale = fit.scale.contiguous()
+            minimum = None if fit.minimum is None else fit.minimum.contiguous()
+            _check_levels(data, scale, minimum)
+        else:
+            data = fit if fit.dtype in (torch.float32, torch.bfloat16) else fit.float()
+            data, dtype = data.contiguous(), _name(data.dtype)
         if bias is not None:
             bias = bias.float().contiguous()
             if bias.shape != (spec.out_features,):
                 raise KernelError(f"bias {tuple(bias.shape)} does not fit {spec}")
         native = _core.pack_linear(
             self._core,
-            weight.data_ptr(),
-            _DTYPES[_name(weight.dtype)],
+            data.data_ptr(),
+            _DTYPES[dtype],
+            0 if scale is None else scale.data_ptr(),
+            0 if minimum is None else minimum.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             _DTYPES[spec.dtype],
             spec.in_features,

@@ -20,19 +20,19 @@ from chiliad.kernels.base import (
     LinearSpec,
     NormSpec,
     PackedLinear,
+    QuantizedWeight,
     SampleBatch,
     Sampled,
     Segment,
     Step,
     Tensor,
 )
-
-_GROUP = 32  # int4: weights per scale, along the input
+from chiliad.kernels.quantize import quantize
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLinear:
-    """A dense weight kept as it is (quantised dtypes are rounded, then kept as float32)."""
+    """A dense weight kept as it is (quantised ones as the float32 they stand for)."""
 
     spec: LinearSpec
     weight: Tensor  # [out, in]
@@ -40,22 +40,13 @@ class ReferenceLinear:
     nbytes: int
 
 
-def quantize_rows(weight: Tensor, dtype: str) -> Tensor:
-    """Round a weight [out, in] to what the quantised dtype can hold; returns float32.
-
-    int8: symmetric, one scale per output row. int4: groups of 32 inputs, levels -8..7 times a
-    float16 scale, the product rounded to bfloat16.
-    """
-    w = weight.float()
-    if dtype == "int8":
-        scale = w.abs().amax(dim=1, keepdim=True).clamp_min(1e-12) / 127
-        return (w / scale).round().clamp(-127, 127) * scale
-    groups = F.pad(w, (0, -w.shape[1] % _GROUP)).view(w.shape[0], -1, _GROUP)
-    # the extreme value of a group maps to -8, so that all 16 levels are used
-    extreme = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    scale = (extreme / -8).half().float()
-    levels = torch.where(scale == 0, 0.0, groups / scale).round().clamp(-8, 7)
-    return (levels * scale).bfloat16().float().flatten(1)[:, : w.shape[1]]
+def fitted(weight: Tensor | QuantizedWeight, spec: LinearSpec) -> Tensor | QuantizedWeight:
+    """The weight in the form that a spec packs: quantised for int8 and int4, else plain."""
+    if tuple(weight.shape) != (spec.out_features, spec.in_features):
+        raise KernelError(f"weight {tuple(weight.shape)} does not fit {spec}")
+    if isinstance(weight, QuantizedWeight):
+        return weight if weight.dtype == spec.dtype else fitted(weight.dequantize(), spec)
+    return quantize(weight, spec.dtype) if spec.dtype in ("int8", "int4") else weight
 
 
 class ReferenceKernels:
@@ -70,11 +61,12 @@ class ReferenceKernels:
 
     # -- preparation ---------------------------------------------------------------------
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None, spec: LinearSpec) -> PackedLinear:
-        if weight.shape != (spec.out_features, spec.in_features):
-            raise KernelError(f"weight {tuple(weight.shape)} does not fit {spec}")
-        if spec.dtype in ("int8", "int4"):
-            kept = quantize_rows(weight, spec.dtype)
+    def pack_linear(
+        self, weight: Tensor | QuantizedWeight, bias: Tensor | None, spec: LinearSpec
+    ) -> PackedLinear:
+        weight = fitted(weight, spec)
+        if isinstance(weight, QuantizedWeight):
+            kept = weight.dequantize()
         else:
             kept = weight.to(getattr(torch, spec.dtype))
         return ReferenceLinear(spec, kept, bias, kept.numel() * kept.element_size())

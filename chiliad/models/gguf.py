@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from chiliad.errors import InvalidModel
+from chiliad.kernels.base import QuantizedWeight
 
 Array = np.ndarray[Any, np.dtype[Any]]
 T = TypeVar("T")
@@ -131,6 +132,32 @@ def _q6_k(blocks: Array, out: Array) -> None:
     np.multiply(signed, scales[:, :, None], out=out.reshape(-1, 16, 16))
 
 
+# Blocks of 32 values, taken apart: levels [n, 32], float16 scale [n, 1] and minimum [n, 1] or None, or
+# nothing where `QuantizedWeight` cannot hold them exactly.
+Parts = tuple[Array, Array, Array | None]
+
+
+def _stored_halves(blocks: Array, start: int) -> Array:
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16)
+
+
+def _split_q4_0(blocks: Array) -> Parts | None:
+    scale = _stored_halves(blocks, 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        minimum = scale * np.float16(-8)
+    parts = _nibbles(blocks[:, 2:]).reshape(-1, 32), scale, minimum
+    return parts if np.isfinite(minimum).all() else None
+
+
+def _split_q4_1(blocks: Array) -> Parts:
+    return _nibbles(blocks[:, 4:]).reshape(-1, 32), _stored_halves(blocks, 0), _stored_halves(blocks, 2)
+
+
+def _split_q8_0(blocks: Array) -> Parts | None:
+    levels = np.ascontiguousarray(blocks[:, 2:]).view(np.int8)
+    return None if (levels == -128).any() else (levels, _stored_halves(blocks, 0), None)
+
+
 @dataclass(frozen=True, slots=True)
 class TensorType:
     """A ggml storage type: `type_size` bytes hold `block_size` values."""
@@ -139,17 +166,18 @@ class TensorType:
     block_size: int
     type_size: int
     decode: Callable[[Array, Array], None] | None = None  # None: a plain float type
+    split: Callable[[Array], Parts | None] | None = None  # types that kernels pack as they are
 
 
 TYPES: dict[int, TensorType] = {
     0: TensorType("F32", 1, 4),
     1: TensorType("F16", 1, 2),
     30: TensorType("BF16", 1, 2),
-    2: TensorType("Q4_0", 32, 18, _q4_0),
-    3: TensorType("Q4_1", 32, 20, _q4_1),
+    2: TensorType("Q4_0", 32, 18, _q4_0, _split_q4_0),
+    3: TensorType("Q4_1", 32, 20, _q4_1, _split_q4_1),
     6: TensorType("Q5_0", 32, 22, _q5_0),
     7: TensorType("Q5_1", 32, 24, _q5_1),
-    8: TensorType("Q8_0", 32, 34, _q8_0),
+    8: TensorType("Q8_0", 32, 34, _q8_0, _split_q8_0),
     12: TensorType("Q4_K", 256, 144, _q4_k),
     13: TensorType("Q5_K", 256, 176, _q5_k),
     14: TensorType("Q6_K", 256, 210, _q6_k),
@@ -450,6 +478,23 @@ class GGUF:
         if self.architecture == "gemma3" and info.name.endswith("norm.weight"):
             return value.float() - 1
         return value
+
+    def quantized(self, name: str, info: TensorInfo | None = None) -> QuantizedWeight | None:
+        """A matrix as it is stored, if kernels can pack that (Q4_0, Q4_1, Q8_0); else None."""
+        info = info or self.hf_names()[name]
+        turned = self.architecture == "gpt2" and _is_projection(info.name)
+        if info.kind.split is None or len(info.shape) != 2 or turned:
+            return None
+        parts = info.kind.split(self.raw(name, info)[1].reshape(-1, info.kind.type_size))
+        if parts is None:
+            return None
+        levels, scale, minimum = (None if p is None else torch.from_numpy(p) for p in parts)
+        assert levels is not None
+        assert scale is not None
+        groups = (info.shape[0], -1)
+        return QuantizedWeight(
+            levels.view(info.shape), scale.view(groups), None if minimum is None else minimum.view(groups)
+        )
 
     def raw(self, name: str, info: TensorInfo | None = None) -> tuple[TensorType, Array]:
         """The stored blocks of one weight by its Hugging Face name, for exact repacking.

@@ -15,11 +15,17 @@ from typing import Literal
 import torch
 
 from chiliad.core import Site
-from chiliad.kernels.base import Kernels, LinearSpec, NormSpec, PackedLinear
+from chiliad.kernels.base import Kernels, LinearSpec, NormSpec, PackedLinear, QuantizedWeight
 from chiliad.models.arch import Rope
 
 Tensor = torch.Tensor
 Shapes = dict[str, tuple[int, ...]]
+Weights = Mapping[str, Tensor | QuantizedWeight]
+
+
+def plain(weight: Tensor | QuantizedWeight) -> Tensor:
+    """A weight's values: float32 if it is quantised, else as it is."""
+    return weight.dequantize() if isinstance(weight, QuantizedWeight) else weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +49,18 @@ class Linear:
                 shapes[f"{module}.bias"] = (size,)
         return shapes
 
-    def build(self, tensors: Mapping[str, Tensor], kernels: Kernels, dtype: str) -> PackedLinear:
-        weights = [tensors[f"{module}.weight"] for module in self.modules]
-        if self.transposed:
-            weights = [w.T for w in weights]
+    def build(self, tensors: Weights, kernels: Kernels, dtype: str) -> PackedLinear:
+        bias = torch.cat([plain(tensors[f"{m}.bias"]).float() for m in self.modules]) if self.bias else None
+        spec = LinearSpec(self.in_features, self.sizes, self.slots, dtype)
+        stored = [tensors[f"{module}.weight"] for module in self.modules]
+        quantized = [w for w in stored if isinstance(w, QuantizedWeight) and w.dtype == dtype]
+        if len(quantized) == len(stored):
+            return kernels.pack_linear(QuantizedWeight.cat(quantized), bias, spec)
+        weights = [plain(w).T if self.transposed else plain(w) for w in stored]
         weight = weights[0].contiguous() if len(weights) == 1 else torch.cat(weights)
         if weight.dtype not in (torch.float32, torch.bfloat16):
             weight = weight.float()
-        bias = torch.cat([tensors[f"{m}.bias"].float() for m in self.modules]) if self.bias else None
-        return kernels.pack_linear(weight, bias, LinearSpec(self.in_features, self.sizes, self.slots, dtype))
+        return kernels.pack_linear(weight, bias, spec)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +75,10 @@ class Norm:
         names = ("weight", "bias") if self.kind == "layer" else ("weight",)
         return {f"{self.module}.{name}": (self.size,) for name in names}
 
-    def build(self, tensors: Mapping[str, Tensor]) -> NormSpec:
+    def build(self, tensors: Weights) -> NormSpec:
         # float() copies nothing when the checkpoint is float32 already: never keep its file mapped
-        weight = tensors[f"{self.module}.weight"].float().clone() + self.offset
-        bias = tensors[f"{self.module}.bias"].float().clone() if self.kind == "layer" else None
+        weight = plain(tensors[f"{self.module}.weight"]).float().clone() + self.offset
+        bias = plain(tensors[f"{self.module}.bias"]).float().clone() if self.kind == "layer" else None
         return NormSpec(self.kind, weight, self.eps, bias)
 
 
@@ -85,8 +94,8 @@ class Table:
     def shapes(self) -> Shapes:
         return {f"{self.module}.weight": (self.rows, self.width)}
 
-    def build(self, tensors: Mapping[str, Tensor], kernels: Kernels, dtype: torch.dtype) -> PackedTable:
-        weight = tensors[f"{self.module}.weight"]
+    def build(self, tensors: Weights, kernels: Kernels, dtype: torch.dtype) -> PackedTable:
+        weight = plain(tensors[f"{self.module}.weight"])
         # Models are trained with the scale in the weight's dtype (Gemma: sqrt(h) in bfloat16)
         scale = float(torch.tensor(self.scale).to(weight.dtype))
         # a copy even where the dtype is right: the file must not stay mapped behind the table

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from chiliad.errors import InvalidModel
+from chiliad.kernels.base import QuantizedWeight
 from chiliad.models.gguf import GGUF, open_gguf
 from chiliad.models.layers import Shapes
 from chiliad.models.packages import PACKAGES, locate
@@ -44,8 +45,9 @@ class Source(Protocol):
     def shapes(self) -> Shapes:
         """Names and shapes of all tensors, from headers alone."""
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor in Hugging Face names and orientation: float32, bfloat16 or float16."""
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        """Every tensor in Hugging Face names and orientation: float32, bfloat16 or float16, or quantised
+        where it is stored in a form that kernels pack as it is."""
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that comes with the model."""
@@ -130,8 +132,10 @@ class GGUFFile:
             shapes = {n: s[::-1] if turned.fullmatch(n) else s for n, s in shapes.items()}
         return shapes
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return self.file.tensors()
+    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedWeight]]:
+        for name, info in self.file.hf_names().items():
+            quantized = self.file.quantized(name, info)
+            yield name, self.file.tensor(name, info) if quantized is None else quantized
 
     def tokenizer(self) -> Tokenizer:
         from chiliad.models.tokenizer import Tokenizer

@@ -14,11 +14,11 @@ import torch
 
 from chiliad.core import BaseInfo
 from chiliad.errors import InvalidConfig, InvalidModel
-from chiliad.kernels.base import Kernels
+from chiliad.kernels.base import Kernels, QuantizedWeight
 from chiliad.models.arch import Arch
 from chiliad.models.decoder import Decoder
 from chiliad.models.gpt2 import GPT2Decoder
-from chiliad.models.layers import Blueprint, Linear, Norm, Parts, Shapes, Table
+from chiliad.models.layers import Blueprint, Linear, Norm, Parts, Shapes, Table, plain
 from chiliad.models.sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -133,19 +133,20 @@ def build_parts(source: Source, plan: Blueprint, kernels: Kernels, dtype: str) -
             users[name] = users.get(name, 0) + 1
     parts = Parts()
     hashes: dict[str, bytes] = {}
-    held: dict[str, Tensor] = {}  # tensors that wait for the rest of their part
+    held: dict[str, Tensor | QuantizedWeight] = {}  # tensors that wait for the rest of their part
     # A tied head that is stored too must equal the embedding; each waits for the other.
     tied = plan.tied if plan.tied is not None and plan.tied[0] in found else ()
-    twins: dict[str, Tensor] = {}
+    twins: dict[str, Tensor | QuantizedWeight] = {}
     for stored, tensor in source.tensors():
         name = plan.canonical(stored, needed)
         if name in tied:
             twins[name] = tensor
-            if len(twins) == 2 and not torch.equal(*(t.float() for t in twins.values())):
+            if len(twins) == 2 and not torch.equal(*(plain(t).float() for t in twins.values())):
                 raise InvalidModel(f"the config ties {' to '.join(tied)}, but the two differ")
         if name not in owners:
             continue  # known to be harmless, or the check above had refused it
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        floats = (torch.float32, torch.bfloat16, torch.float16)
+        if not isinstance(tensor, QuantizedWeight) and tensor.dtype not in floats:
             raise InvalidModel(f"tensor {name} is {tensor.dtype}, not float32, bfloat16 or float16")
         hashes[name] = _sample_hash(name, tensor)
         held[name] = tensor
@@ -192,10 +193,13 @@ def fingerprint(arch: Arch, weights_digest: str) -> str:
     return hashlib.blake2b(f"{facts}{weights_digest}".encode(), digest_size=32).hexdigest()
 
 
-def _sample_hash(name: str, tensor: Tensor) -> bytes:
+def _sample_hash(name: str, tensor: Tensor | QuantizedWeight) -> bytes:
     """Hash of a tensor's name, shape and up to about _SAMPLE evenly spaced elements, as float32."""
-    flat = tensor.flatten()
-    sample = flat[:: max(1, len(flat) // _SAMPLE)].float().contiguous()
+    step = max(1, tensor.shape.numel() // _SAMPLE)
+    if isinstance(tensor, QuantizedWeight):
+        sample = tensor.sample(step)
+    else:
+        sample = tensor.flatten()[::step].float().contiguous()
     head = f"{name}{list(tensor.shape)}".encode()
     return hashlib.blake2b(head + sample.numpy().tobytes(), digest_size=32).digest()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chiliad.kernels.base import KVLayout, LinearSpec, NormSpec, Segment
+from chiliad.kernels.base import GROUP, KVLayout, LinearSpec, NormSpec, Segment
 from chiliad.kernels.cases import (
     Case,
     Guarded,
@@ -14,7 +14,8 @@ from chiliad.kernels.cases import (
     simple_step,
 )
 from chiliad.kernels.cases import test_cases as table
-from chiliad.kernels.reference import ReferenceKernels, quantize_rows
+from chiliad.kernels.quantize import quantize
+from chiliad.kernels.reference import ReferenceKernels
 
 _core = pytest.importorskip("chiliad.kernels._core", reason="the C++ core is not installed")
 from chiliad.kernels.cpu import CpuKernels  # noqa: E402
@@ -88,7 +89,7 @@ def project_rows(
     ).clone()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("activation", [None, "silu_mul"])
 def test_rows_do_not_depend_on_their_neighbours(
     kernels: CpuKernels, dtype: str, activation: str | None
@@ -125,12 +126,36 @@ def test_threads_do_not_change_results(dtype: str) -> None:
     assert torch.equal(results[0], results[2])
 
 
-def test_int4_is_a_way_to_store_bfloat16(kernels: CpuKernels) -> None:
-    """Bit for bit what a bfloat16 linear of the rounded weights gives."""
-    g = seed_of("int4")
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize(("rows", "width", "out"), [(1, 100, 50), (5, 32, 16), (37, 1536, 70)])
+def test_quantised_products(kernels: CpuKernels, dtype: str, rows: int, width: int, out: int) -> None:
+    """Levels multiplied as they are: float64 says the same. Unpacked: bit for bit what the bfloat16
+    linear of scale * level + minimum gives."""
+    g = seed_of(dtype)
+    weight = quantize(torch.randn(out, width, generator=g), dtype)
+    x = torch.randn(rows, width, generator=g)
+    y = kernels.project(x, kernels.pack_linear(weight, None, LinearSpec(width, (out,), (-1,), dtype)), None)
+    if kernels.isa == "avx512bf16":
+        scale, minimum = (
+            None if t is None else t.double().repeat_interleave(GROUP, 1)[:, :width]
+            for t in (weight.scale, weight.minimum)
+        )
+        exact = weight.levels.double() * scale + (0 if minimum is None else minimum)
+        expected = x.bfloat16().double() @ exact.T
+        assert (y - expected).abs().max() < 2e-6 * expected.pow(2).mean().sqrt()
+    else:
+        plain = LinearSpec(width, (out,), (-1,), "bfloat16")
+        expected = kernels.project(x, kernels.pack_linear(weight.dequantize(), None, plain), None)
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantised_weights_are_packed_as_they_are(kernels: CpuKernels, dtype: str) -> None:
+    """Rounding first and packing then is what pack_linear does with plain weights."""
+    g = seed_of("packed")
     weight, x = torch.randn(50, 100, generator=g), torch.randn(37, 100, generator=g)
-    int4 = kernels.pack_linear(weight, None, LinearSpec(100, (50,), (-1,), "int4"))
-    rounded = kernels.pack_linear(
-        quantize_rows(weight, "int4"), None, LinearSpec(100, (50,), (-1,), "bfloat16")
-    )
-    assert torch.equal(kernels.project(x, int4, None), kernels.project(x, rounded, None))
+    spec = LinearSpec(100, (50,), (-1,), dtype)
+    levels = kernels.pack_linear(quantize(weight, dtype), None, spec)
+    plain = kernels.pack_linear(weight, None, spec)
+    assert levels.nbytes == plain.nbytes
+    assert torch.equal(kernels.project(x, levels, None), kernels.project(x, plain, None))

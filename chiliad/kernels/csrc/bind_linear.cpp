@@ -24,10 +24,12 @@ void register_linear(nb::module_& m) {
   nb::class_<PackedLinear>(m, "PackedLinear").def_prop_ro("nbytes", &PackedLinear::nbytes);
   m.def(
       "pack_linear",
-      [](Kernels& kernels, std::uintptr_t weight, int from, std::uintptr_t bias, int dtype, int in_features,
-         std::vector<int> sizes, std::vector<int> slots) {
-        return pack_linear(kernels, at<const void>(weight), static_cast<DType>(from), at<const float>(bias),
-                           static_cast<DType>(dtype), in_features, std::move(sizes), std::move(slots));
+      [](Kernels& kernels, std::uintptr_t weight, int from, std::uintptr_t scale, std::uintptr_t minimum,
+         std::uintptr_t bias, int dtype, int in_features, std::vector<int> sizes, std::vector<int> slots) {
+        const Weights weights{at<const void>(weight), static_cast<DType>(from), at<const std::uint16_t>(scale),
+                              at<const std::uint16_t>(minimum)};
+        return pack_linear(kernels, weights, at<const float>(bias), static_cast<DType>(dtype), in_features,
+                           std::move(sizes), std::move(slots));
       },
       nb::call_guard<nb::gil_scoped_release>());
   m.def(

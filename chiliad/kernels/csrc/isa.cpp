@@ -49,7 +49,8 @@ std::vector<Isa> detect() {
   const bool vnni = bit(c, 11), amx_bf16 = bit(d, 22), amx_tile = bit(d, 24), amx_int8 = bit(d, 25);
   if (!((os & 0xe0) == 0xe0 && f && dq && cd && bw && vl && vnni)) return found;  // opmask, zmm state
   found.push_back(Isa::avx512);
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return found;
+  const bool vbmi = bit(c, 1);
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5) || !vbmi) return found;
   found.push_back(Isa::avx512bf16);
   if ((os & 0x60000) == 0x60000 && amx_tile && amx_bf16 && amx_int8 && ask_for_tiles())
     found.push_back(Isa::amx);

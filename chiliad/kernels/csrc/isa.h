@@ -12,7 +12,7 @@ enum class Isa : int {
   generic,     // any machine: what the compiler's baseline offers
   avx2,        // AVX2, FMA, F16C
   avx512,      // AVX-512 F, BW, VL, DQ, VNNI
-  avx512bf16,  // + BF16
+  avx512bf16,  // + BF16, VBMI
   amx,         // + AMX tile, bf16, int8
 };
 

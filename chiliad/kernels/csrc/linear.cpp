@@ -20,25 +20,7 @@ std::uint16_t round_bf16(float x) {
   return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-// float32 <-> float16, to nearest, ties to even.
-std::uint16_t round_half(float x) {
-  const float a = std::fabs(x);
-  const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
-  if (!(a < 65520.0f)) return sign | 0x7bff;  // scales stay finite
-  if (a < 6.103515625e-5f) return sign | static_cast<std::uint16_t>(std::nearbyint(a * 16777216.0f));
-  std::uint32_t bits;
-  std::memcpy(&bits, &a, 4);
-  bits += 0xfff + ((bits >> 13) & 1);
-  return sign | static_cast<std::uint16_t>((bits >> 13) - (112 << 10));
-}
-
-float half_value(std::uint16_t h) {
-  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
-  const float a = exponent ? std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24);
-  return h & 0x8000 ? -a : a;
-}
-
-// Weights as they come: [out, in], float32 or bfloat16.
+// Plain weights as float32.
 struct Source {
   const void* data;
   DType dtype;
@@ -53,38 +35,28 @@ struct Source {
   }
 };
 
-// A row becomes whole numbers -127..127 times one scale.
-void pack_int8(const Source& weight, int row, std::int8_t* to, float& scale) {
-  float most = 0;
-  for (int k = 0; k < weight.in_features; ++k) most = std::max(most, std::fabs(weight(row, k)));
-  scale = std::max(most, 1e-12f) / 127;
-  for (int k = 0; k < weight.in_features; ++k)
-    to[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2 * 16] =
-        static_cast<std::int8_t>(std::clamp(std::nearbyint(weight(row, k) / scale), -127.0f, 127.0f));
-}
-
-// Column n of a block: 32 inputs become levels -8..7 times a float16 scale. The extreme value of
-// the group is level -8, so that all 16 levels are used.
-void pack_int4(const Source& weight, int row, int n, std::byte* panel) {
-  for (int first = 0; first < weight.in_features; first += 32, panel += 2 * kInt4Tile) {
-    const int last = std::min(first + 32, weight.in_features);
-    float extreme = 0;
-    for (int k = first; k < last; ++k)
-      if (std::fabs(weight(row, k)) > std::fabs(extreme)) extreme = weight(row, k);
-    const std::uint16_t half = round_half(extreme / -8);
-    const float scale = half_value(half);
-    std::memcpy(panel + 256 + 2 * n, &half, 2);
-    for (int k = first; k < last; ++k) {
-      const float level = scale == 0 ? 0.0f : std::clamp(std::nearbyint(weight(row, k) / scale), -8.0f, 7.0f);
-      const int element = 2 * n + k % 2;  // of the tile's row of 32
-      const int bits = (static_cast<int>(level) + 8) << (element < 16 ? 0 : 4), mask = element < 16 ? 0xf0 : 0x0f;
-      std::byte& byte = panel[(k % 32 / 2) * 16 + element % 16];
-      byte = static_cast<std::byte>((static_cast<int>(byte) & mask) | bits);
+// Column n of block `half` of a panel, from the levels of one row.
+void pack_levels(const Weights& weights, DType dtype, int in_features, int row, int half, int n, std::byte* panel) {
+  const auto* level = static_cast<const std::uint8_t*>(weights.data) + static_cast<std::size_t>(row) * in_features;
+  const int groups = (in_features + 31) / 32, tile = dtype == DType::int4 ? 256 : 512;
+  for (int g = 0; g < groups; ++g, panel += group_bytes(dtype), level += 32) {
+    const int count = std::min(32, in_features - 32 * g);
+    std::byte* to = panel + half * tile;
+    if (dtype == DType::int8) {
+      for (int k = 0; k < count; ++k)
+        to[k / 4 * 64 + n / 4 * 16 + k / 2 % 2 * 8 + n % 4 * 2 + k % 2] = static_cast<std::byte>(level[k]);
+    } else {
+      for (int k = 0; k < count; ++k)
+        to[k / 8 * 64 + n * 4 + k % 2 * 2 + k / 4 % 2] |= static_cast<std::byte>((level[k] & 15) << (k / 2 % 2 * 4));
     }
+    const std::size_t at = static_cast<std::size_t>(row) * groups + g;
+    std::memcpy(panel + 2 * tile + half * 32 + n * 2, weights.scale + at, 2);
+    if (dtype == DType::int4) std::memcpy(panel + 2 * tile + 64 + half * 32 + n * 2, weights.minimum + at, 2);
   }
 }
 
-void pack_block(PackedLinear& linear, const Source& weight, int index, std::byte* panel) {
+void pack_block(PackedLinear& linear, const Weights& weights, int index, std::byte* panel) {
+  const Source weight{weights.data, weights.dtype, linear.in_features};
   const Block& block = linear.blocks[index];
   const int half = index % 2;
   for (int n = 0; n < block.width; ++n) {
@@ -96,11 +68,8 @@ void pack_block(PackedLinear& linear, const Source& weight, int index, std::byte
       auto* to = reinterpret_cast<std::uint16_t*>(panel) + half * 512 + n * 2;
       for (int k = 0; k < linear.in_features; ++k)
         to[k / 32 * 1024 + k % 32 / 2 * 32 + k % 2] = round_bf16(weight(row, k));
-    } else if (linear.dtype == DType::int8) {
-      pack_int8(weight, row, reinterpret_cast<std::int8_t*>(panel) + half * 512 + n,
-                linear.scale[static_cast<std::size_t>(index) * kBlock + n]);
     } else {
-      pack_int4(weight, row, n, panel + half * kInt4Tile);
+      pack_levels(weights, linear.dtype, linear.in_features, row, half, n, panel);
     }
   }
 }
@@ -200,9 +169,13 @@ void plan_tasks(Kernels& kernels, Plans& plans) {
 
 }  // namespace
 
-PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const float* bias, DType dtype,
-                         int in_features, std::vector<int> sizes, std::vector<int> slots) {
-  if (from != DType::float32 && from != DType::bfloat16) throw KernelError("weights must come as float32 or bfloat16");
+PackedLinear pack_linear(Kernels& kernels, const Weights& weights, const float* bias, DType dtype, int in_features,
+                         std::vector<int> sizes, std::vector<int> slots) {
+  const bool levels = weights.dtype == DType::int8 || weights.dtype == DType::int4;
+  if (levels ? dtype != weights.dtype : dtype != DType::float32 && dtype != DType::bfloat16)
+    throw KernelError("levels are packed as what they are, plain weights as float32 or bfloat16");
+  if (levels && (!weights.scale || (dtype == DType::int4 && !weights.minimum)))
+    throw KernelError("levels need their scales, and int4 its minima");
   if (in_features <= 0 || sizes.empty() || sizes.size() != slots.size() ||
       std::any_of(sizes.begin(), sizes.end(), [](int size) { return size <= 0; }))
     throw KernelError("a linear needs positive sizes and one slot per size");
@@ -214,22 +187,20 @@ PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const
   linear.sizes = std::move(sizes);
   linear.slots = std::move(slots);
   lay_out(linear);
-  linear.panel_bytes = dtype == DType::int4 ? static_cast<std::size_t>(linear.k_padded) / 16 * kInt4Tile
-                                            : static_cast<std::size_t>(linear.k_padded) * kPanel * item_bytes(dtype);
-  if (dtype == DType::int8) linear.scale.assign(linear.blocks.size() * kBlock, 0.0f);
+  linear.panel_bytes = dtype == DType::float32 ? static_cast<std::size_t>(linear.k_padded) * kPanel * sizeof(float)
+                                               : static_cast<std::size_t>(linear.k_padded) / 32 * group_bytes(dtype);
   if (bias != nullptr) {
     linear.bias.assign(linear.blocks.size() * kBlock, 0.0f);
     for (std::size_t i = 0; i < linear.blocks.size(); ++i)
       std::copy_n(bias + linear.blocks[i].out, linear.blocks[i].width, linear.bias.data() + i * kBlock);
   }
-  const Source source{weight, from, in_features};
   std::lock_guard lock(kernels.busy);
   linear.weights = kernels.keep(linear.nbytes());
   kernels.threads.share(0, linear.num_panels);
   kernels.threads.run([&](int worker) {
     for (int panel; (panel = kernels.threads.next(0, worker)) >= 0;)
       for (int half = 0; half < 2; ++half)
-        pack_block(linear, source, 2 * panel + half, linear.weights.get() + panel * linear.panel_bytes);
+        pack_block(linear, weights, 2 * panel + half, linear.weights.get() + panel * linear.panel_bytes);
   });
   return linear;
 }
@@ -262,7 +233,6 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
   plan.panel_bytes = linear.panel_bytes;
   plan.paired = linear.paired;
   plan.bias = linear.bias.empty() ? nullptr : linear.bias.data();
-  plan.scale = linear.scale.empty() ? nullptr : linear.scale.data();
   plan.x = x;
   plan.rows = rows;
   plan.norm = norm;
@@ -281,6 +251,10 @@ void project(Kernels& kernels, const PackedLinear& linear, const Step* step, con
 
   plan.tile_bytes = f32 ? row_bytes * kRowTile
                         : std::size_t{kRowTile} * linear.k_padded * (ops.bf16_tiles ? 2 : sizeof(float));
+  if (linear.dtype == DType::int4 && ops.levels) {
+    plan.sums_at = plan.tile_bytes;
+    plan.tile_bytes += sizeof(float) * kRowTile * linear.k_padded / 32;
+  }
   if (norm.kind != NormKind::none)
     plan.x32 = reinterpret_cast<float*>(kernels.scratch(kNormed, row_bytes * rows));
   if (!f32 || (x == y && norm.kind == NormKind::none)) plan.input = kernels.scratch(kInputs, plan.tile_bytes * row_tiles);

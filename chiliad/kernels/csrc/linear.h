@@ -5,18 +5,17 @@
 // from front to back:
 //   float32   [K][32]
 //   bfloat16  [K / 32][2 blocks][16 pairs of k][16 columns][2]    (tiles of 1 KB)
-//   int8      the same with bytes, even before odd k: [16 pairs][2][16 columns] (tiles of 512 B);
-//             one scale per column, applied to the sums
-//   int4      [K / 32][2 blocks]: 16 rows of 16 bytes (byte i: elements i and 16 + i of the tile's
-//             row), then one float16 scale per column for these 32 k
-// int8 and int4 are ways to store a bfloat16 weight: a thread unpacks a panel into its own
-// cache and multiplies that (int8: the whole numbers, exactly; int4: level * scale, rounded).
-// K is padded with zeros to a multiple of 32 (all but float32). Two projections of equal size
-// (gate, up) alternate block by block, so that a panel holds both and act(gate) * up needs no
-// second pass.
+//   int8      [K / 32] groups: levels -127..127 [2 blocks][8][4][2 pairs of k][4 columns][2], then
+//             one float16 scale per column, [2 blocks][16]
+//   int4      [K / 32] groups: levels 0..15 [2 blocks][4][16 columns][2] in words of 4 pairs of k, the
+//             first in the lowest bits; then float16 scales [2 blocks][16] and minima [2 blocks][16]
+// A quantised weight is scale * level + minimum; see linear_quantized.inl. K is padded with zeros
+// to a multiple of 32 (all but float32). Two projections of equal size (gate, up) alternate block
+// by block, so that a panel holds both and act(gate) * up needs no second pass.
 //
 // Inputs are cut into tiles of 16 rows: float32 [16][K], or, where the machine multiplies
-// bfloat16, [K / 32][16 rows][32] (tiles of 1 KB).
+// bfloat16, [K / 32][16 rows][32] (tiles of 1 KB). Where int4 levels are multiplied as they are, the
+// sums of each row over groups of 32 k follow the tile, float32 [K / 32][16 rows].
 //
 // Every output element is a chain of additions in the order of k, whatever rows come along:
 // that is what makes results independent of the batch.
@@ -33,7 +32,11 @@ namespace chiliad {
 constexpr int kBlock = 16, kPanel = 32, kRowTile = 16;
 constexpr int kGroup = 4;               // panels that one thread takes at a time, at most
 constexpr int kStride = kGroup * kPanel;  // of a row of sums, in floats
-constexpr int kInt4Tile = 256 + 32;     // bytes
+
+// Bytes of 32 k in a panel.
+inline constexpr std::size_t group_bytes(DType dtype) {
+  return dtype == DType::int4 ? 512 + 128 : dtype == DType::int8 ? 1024 + 64 : std::size_t{32} * kPanel * item_bytes(dtype);
+}
 
 struct Block {
   int projection;  // -1: padding
@@ -60,14 +63,21 @@ struct PackedLinear {
   std::size_t panel_bytes;
   std::shared_ptr<std::byte> weights;  // [num_panels][panel_bytes]
   std::vector<float> bias;   // [num_panels * 32], or empty
-  std::vector<float> scale;  // int8: [num_panels * 32]
   std::shared_ptr<Following> following = std::make_shared<Following>();
   std::size_t nbytes() const { return panel_bytes * num_panels; }
 };
 
-// weight: [out, in] float32 or bfloat16; bias: float32 [out] or null.
-PackedLinear pack_linear(Kernels& kernels, const void* weight, DType from, const float* bias, DType dtype,
-                         int in_features, std::vector<int> sizes, std::vector<int> slots);
+// Weights as they come, [out, in]: float32 or bfloat16; or levels, one to a byte (int8: -127..127, int4:
+// 0..15), with a float16 scale (int4: and minimum) for every 32 inputs, [out, ceil(in / 32)].
+struct Weights {
+  const void* data;
+  DType dtype;
+  const std::uint16_t *scale = nullptr, *minimum = nullptr;
+};
+
+// Levels are packed as what they are, plain weights as float32 or bfloat16. bias: float32 [out] or null.
+PackedLinear pack_linear(Kernels& kernels, const Weights& weights, const float* bias, DType dtype, int in_features,
+                         std::vector<int> sizes, std::vector<int> slots);
 
 enum class NormKind : int { none, rms, layer };
 enum class Activation : int { none, silu_mul, gelu_tanh_mul, gelu_tanh, gelu };
@@ -114,7 +124,7 @@ struct ProjectPlan {
   const Block* blocks;
   const std::byte* weights;
   std::size_t panel_bytes;
-  const float *bias, *scale;  // or null
+  const float* bias;  // or null
 
   const float* x;
   int rows;
@@ -128,6 +138,7 @@ struct ProjectPlan {
   float* x32;               // [rows][in_features] normalised, or null: x serves
   std::byte* input;         // row tiles in the dtype's form, or null: x serves (float32)
   std::size_t tile_bytes;   // of one row tile
+  std::size_t sums_at;      // where in a tile the sums over groups are; 0: not wanted
   const std::byte** tiles;  // [projections][row tiles]: the base input, or one with d applied
   std::byte* scaled;        // room for input tiles with d applied, or null
   int* scaled_at;           // [projections][row tiles]: index into scaled, or -1
@@ -151,6 +162,7 @@ struct LinearOps {
   void (*project)(const ProjectPlan&);
   void (*norm)(ThreadPool& threads, const float* x, int rows, int features, const Norm& norm, float* y, bool add);
   bool bf16_tiles;  // inputs are stored as bfloat16 tiles (else rounded, as float32)
+  bool levels;      // int4 wants the sums of inputs over groups
   bool turned;      // shrink multiplies bfloat16 rank rows with `turned` tiles
 };
 

@@ -95,13 +95,12 @@ void finish(const ProjectPlan& plan, const Block* blocks, int count, int row, in
 void epilogue(const ProjectPlan& plan, int panel, int panels, int row, int rows, float* c) {
   const Block* blocks = plan.blocks + 2 * panel;
   const int count = 2 * panels;
-  if (plan.scale || plan.bias)
+  if (plan.bias)
     for (int i = 0; i < count * kBlock; i += kLanes) {
-      const Vec scale = plan.scale ? vload(plan.scale + panel * kPanel + i) : vset(1.0f);
-      const Vec bias = plan.bias ? vload(plan.bias + panel * kPanel + i) : vset(0.0f);
+      const Vec bias = vload(plan.bias + panel * kPanel + i);
       for (int r = 0; r < rows; ++r) {
         float* p = c + r * kStride + i;
-        vstore(p, vfma(vload(p), scale, bias));
+        vstore(p, vload(p) + bias);
       }
     }
   // runs of full blocks of one projection: neighbours, or every other one where they alternate
@@ -130,7 +129,7 @@ void epilogue(const ProjectPlan& plan, int panel, int panels, int row, int rows,
 // only if the rows fit one pass.
 void run_panels(const ProjectPlan& plan, int panel, int panels, int first, int last, std::byte* work) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
-  const bool stored = plan.dtype == DType::float32 || plan.dtype == DType::bfloat16;
+  const bool stored = kLevels || !quantized(plan.dtype);
   float* c = reinterpret_cast<float*>(work);
   float* other = c + 32 * kStride;
   std::byte* room = work + 2 * 32 * kStride * sizeof(float);
@@ -226,6 +225,6 @@ void norm_rows(ThreadPool& threads, const float* x, int rows, int features, cons
 
 }  // namespace
 
-CHILIAD_EXPORT(LinearOps, linear_ops) = {project, norm_rows, kBf16Tiles, kAmx};
+CHILIAD_EXPORT(LinearOps, linear_ops) = {project, norm_rows, kBf16Tiles, kLevels, kAmx};
 
 }  // namespace chiliad

@@ -1,94 +1,10 @@
 // The products of phase 2: rows of input times a panel of weights.
 #pragma once
 
-#include "linear_common.h"
+#include "linear_quantized.inl"
 
 namespace chiliad {
 namespace {
-
-// ---- phase 2: weights stored in fewer bits ----
-
-CHILIAD_INLINE float half_to_float(std::uint16_t h) {
-  const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16, magnitude = h & 0x7fffu;
-  if (magnitude < 0x400) {  // subnormal: a multiple of 2^-24
-    const float y = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-    return sign ? -y : y;
-  }
-  const std::uint32_t bits = sign | ((magnitude << 13) + 0x38000000u);
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
-}
-
-// One tile of int4: 16 rows of 32 elements, times the scale of their column.
-void unpack_int4(const std::byte* from, bf16* to) {
-#if defined(__AVX512F__)
-  const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 256)));
-  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-  const __m512 low_scale = _mm512_permutexvar_ps(twice, scale);
-  const __m512 high_scale = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8)), scale);
-  const __m512 levels = _mm512_set_ps(7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -4, -5, -6, -7, -8);
-  for (int i = 0; i < 16; ++i, to += 32) {
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)));
-    const __m512 low = _mm512_permutexvar_ps(bytes, levels) * low_scale;  // looks at 4 bits only
-    const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels) * high_scale;
-#if defined(__AVX512BF16__)
-    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-    std::memcpy(to, &both, 64);
-#else
-    vstore_bf16(to, low);
-    vstore_bf16(to + 16, high);
-#endif
-  }
-#else
-  float scale[32];
-  for (int n = 0; n < 16; ++n) {
-    std::uint16_t h;
-    std::memcpy(&h, from + 256 + 2 * n, 2);
-    scale[2 * n] = scale[2 * n + 1] = half_to_float(h);
-  }
-  for (int i = 0; i < 16; ++i, to += 32) {
-    std::int8_t level[32];
-    for (int e = 0; e < 16; ++e) {
-      const int byte = static_cast<int>(from[16 * i + e]);
-      level[e] = static_cast<std::int8_t>((byte & 15) - 8);
-      level[16 + e] = static_cast<std::int8_t>((byte >> 4) - 8);
-    }
-    for (int e = 0; e < 32; e += kLanes) vstore_bf16(to + e, vload(level + e) * vload(scale + e));
-  }
-#endif
-}
-
-// One tile of int8: 16 rows of 16 even, then 16 odd elements. Whole numbers up to 127 are exact.
-void unpack_int8(const std::byte* from, bf16* to) {
-  const auto* p = reinterpret_cast<const std::int8_t*>(from);
-#if defined(__AVX512F__)
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  for (int i = 0; i < 16; ++i, p += 32, to += 32) {
-    const __m512i even = _mm512_srli_epi32(_mm512_castps_si512(vload(p)), 16);
-    const __m512i odd = _mm512_castps_si512(vload(p + 16));
-    _mm512_store_si512(to, _mm512_ternarylogic_epi32(upper, odd, even, 0xea));  // (upper & odd) | even
-  }
-#else
-  for (int i = 0; i < 16; ++i, p += 32)
-    for (int n = 0; n < 16; ++n) {
-      *to++ = to_bf16(p[n]);
-      *to++ = to_bf16(p[16 + n]);
-    }
-#endif
-}
-
-// Tiles 2 step and 2 step + 1 of a panel. What is needed a little later is fetched.
-CHILIAD_INLINE void unpack_pair(DType dtype, const std::byte* panel, int step, std::byte* to) {
-  const int bytes = 2 * (dtype == DType::int4 ? kInt4Tile : 512), half = bytes / 2;
-  const std::byte* from = panel + static_cast<std::size_t>(step) * bytes;
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + 2048 + line, 0, 2);
-  for (int i = 0; i < 2; ++i)
-    if (dtype == DType::int4)
-      unpack_int4(from + i * half, reinterpret_cast<bf16*>(to) + i * 512);
-    else
-      unpack_int8(from + i * half, reinterpret_cast<bf16*>(to) + i * 512);
-}
 
 // ---- phase 2: panels ----
 
@@ -352,10 +268,10 @@ void gemm_tile(const ProjectPlan& plan, const std::byte* tile, const std::byte* 
 
 // How a panel reaches the GEMM.
 enum class Source {
-  memory,    // as bfloat16 or float32, for the first time: fetch ahead
-  cache,     // as bfloat16 or float32
-  packed,    // int8 or int4, for the only time
-  unpacked,  // int8 or int4, for the first time: leave the unpacked panel in `room`
+  memory,    // as it is multiplied, for the first time: fetch ahead
+  cache,     // as it is multiplied
+  packed,    // int8 or int4 to unpack, for the only time
+  unpacked,  // int8 or int4 to unpack, for the first time: leave the unpacked panel in `room`
 };
 
 // c[rows][32] for up to 32 rows from `row` (a multiple of 16), with the inputs of projection p.
@@ -376,6 +292,9 @@ void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* pa
                      : (keep ? gemm_amx_unpack<false, true> : gemm_amx_unpack<false, false>);
     return call(plan.dtype, tiles[0], tiles[two], panel, room, plan.k_padded, c);
   }
+#endif
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+  if (quantized(plan.dtype)) return gemm_levels(plan, tiles, panel, rows, source == Source::memory, c);
 #endif
   if (source == Source::packed || source == Source::unpacked) {
     for (int step = 0; step < plan.k_padded / 32; ++step) unpack_pair(plan.dtype, panel, step, room + step * 2048);

@@ -1,0 +1,254 @@
+// Products with int8 and int4 weights: whole levels, and for every column and group of 32 k a scale
+// d (int4: and a minimum m), weight = d * level + m. Two ways:
+//
+//   levels   y += d * (levels . x) + m * sum(x), group by group, on the packed levels. Levels are
+//            exact as bfloat16, so the weights are exactly what is stored. Unpacking is a table
+//            look-up in registers, once per kRows rows.
+//   unpacked The panel becomes bfloat16, d * level + m rounded, and serves as such. This is for
+//            AMX, whose tiles cannot be scaled between groups, and where bfloat16 is not
+//            multiplied anyway.
+#pragma once
+
+#include "linear_common.h"
+
+namespace chiliad {
+namespace {
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+constexpr bool kLevels = true;
+#else
+constexpr bool kLevels = false;
+#endif
+
+CHILIAD_INLINE bool quantized(DType dtype) { return dtype == DType::int8 || dtype == DType::int4; }
+
+// ---- unpacked ----
+
+#if defined(__AVX512F__)
+
+// One tile row: the even and the odd k of 16 columns.
+CHILIAD_INLINE void store_pairs(bf16* to, __m512 even, __m512 odd) {
+#if defined(__AVX512BF16__)
+  const __m512i turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_store_si512(to, _mm512_permutexvar_epi16(turns, (__m512i)_mm512_cvtne2ps_pbh(odd, even)));
+#else
+  auto rounded = [](__m512 x) {  // in the upper half
+    const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    return _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff)));
+  };
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  _mm512_store_si512(to, _mm512_ternarylogic_epi32(upper, rounded(odd), _mm512_srli_epi32(rounded(even), 16), 0xea));
+#endif
+}
+
+CHILIAD_INLINE __m512 load_halves(const std::byte* from) {
+  return _mm512_cvtph_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+CHILIAD_INLINE void unpack_int4(const std::byte* from, const std::byte* scales, bf16* to) {
+  const __m512 levels = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512 d = load_halves(scales), m = load_halves(scales + 64);
+  auto weight = [&](__m512i indices) {  // of which the look-up sees 4 bits
+    return _mm512_fmadd_ps(_mm512_permutexvar_ps(indices, levels), d, m);
+  };
+  for (int j = 0; j < 4; ++j) {
+    const __m512i words = _mm512_load_si512(from + j * 64);
+    for (int s = 0; s < 4; ++s, to += 32)
+      store_pairs(to, weight(_mm512_srli_epi32(words, 4 * s)), weight(_mm512_srli_epi32(words, 16 + 4 * s)));
+  }
+}
+
+CHILIAD_INLINE void unpack_int8(const std::byte* from, const std::byte* scales, bf16* to) {
+  const __m512 d = load_halves(scales);
+  auto weight = [&](__m512i upper) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(upper, 24)) * d; };
+  for (int j = 0; j < 8; ++j) {
+    const __m512i bytes = _mm512_load_si512(from + j * 64);
+    for (const __m512i pairs : {_mm512_unpacklo_epi8(bytes, bytes), _mm512_unpackhi_epi8(bytes, bytes)}) {
+      store_pairs(to, weight(_mm512_slli_epi32(pairs, 16)), weight(pairs));
+      to += 32;
+    }
+  }
+}
+
+#else
+
+CHILIAD_INLINE float half_to_float(std::uint16_t h) {
+  const std::uint32_t sign = std::uint32_t{h & 0x8000u} << 16, magnitude = h & 0x7fffu;
+  if (magnitude < 0x400) {  // subnormal: a multiple of 2^-24
+    const float y = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign ? -y : y;
+  }
+  const std::uint32_t bits = sign | ((magnitude << 13) + 0x38000000u);
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// For each of the 32 elements of a tile row (16 columns, even and odd k).
+CHILIAD_INLINE void load_halves(const std::byte* from, float* to) {
+  for (int n = 0; n < 16; ++n) {
+    std::uint16_t h;
+    std::memcpy(&h, from + 2 * n, 2);
+    to[2 * n] = to[2 * n + 1] = half_to_float(h);
+  }
+}
+
+void unpack_int4(const std::byte* from, const std::byte* scales, bf16* to) {
+  float d[32], m[32];
+  load_halves(scales, d);
+  load_halves(scales + 64, m);
+  for (int j = 0; j < 4; ++j)
+    for (int s = 0; s < 4; ++s, to += 32) {
+      std::int8_t level[32];
+      for (int e = 0; e < 32; ++e) {
+        std::uint16_t word;
+        std::memcpy(&word, from + j * 64 + 2 * e, 2);
+        level[e] = static_cast<std::int8_t>(word >> (4 * s) & 15);
+      }
+      for (int e = 0; e < 32; e += kLanes) vstore_bf16(to + e, vfma(vload(level + e), vload(d + e), vload(m + e)));
+    }
+}
+
+void unpack_int8(const std::byte* from, const std::byte* scales, bf16* to) {
+  float d[32];
+  load_halves(scales, d);
+  const auto* p = reinterpret_cast<const std::int8_t*>(from);
+  for (int i = 0; i < 16; ++i, to += 32)
+    for (int e = 0; e < 32; e += kLanes)  // runs of 8 bytes of two pairs alternate
+      vstore_bf16(to + e, vload(p + i / 2 * 64 + e / 8 * 16 + i % 2 * 8 + e % 8) * vload(d + e));
+}
+
+#endif
+
+// Group `step` of a panel becomes two bfloat16 tiles. What is needed a little later is fetched.
+CHILIAD_INLINE void unpack_pair(DType dtype, const std::byte* panel, int step, std::byte* to) {
+  const int bytes = static_cast<int>(group_bytes(dtype)), tile = dtype == DType::int4 ? 256 : 512;
+  const std::byte* from = panel + static_cast<std::size_t>(step) * bytes;
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + 2048 + line, 0, 2);
+  for (int i = 0; i < 2; ++i)
+    if (dtype == DType::int4)
+      unpack_int4(from + i * tile, from + 2 * tile + i * 32, reinterpret_cast<bf16*>(to) + i * 512);
+    else
+      unpack_int8(from + i * tile, from + 2 * tile + i * 32, reinterpret_cast<bf16*>(to) + i * 512);
+}
+
+// ---- levels ----
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+
+// Words that hold 4 nibbles each -> the levels 0..15 in their lowest nibbles, as bfloat16.
+struct Int4Levels {
+  static constexpr int kLoads = 4, kPairs = 4;  // per group: vectors of a block, and pairs of k in each
+  __m512i table;
+  Int4Levels() {
+    alignas(64) bf16 values[32];
+    for (int i = 0; i < 32; ++i) values[i] = to_bf16(static_cast<float>(i % 16));  // the look-up sees 5 bits
+    table = _mm512_load_si512(values);
+  }
+  template <int S>
+  CHILIAD_INLINE __m512bh get(__m512i words) const {
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4 * S), table);
+  }
+};
+
+// Bytes -> levels as bfloat16. -128 is not a level.
+struct Int8Levels {
+  static constexpr int kLoads = 8, kPairs = 2;
+  __m512i low[2], high[2];  // bytes of the bfloat16 values 0..127
+  Int8Levels() {
+    alignas(64) std::uint8_t bytes[2][128];
+    for (int i = 0; i < 128; ++i) {
+      bytes[0][i] = static_cast<std::uint8_t>(to_bf16(static_cast<float>(i)));
+      bytes[1][i] = static_cast<std::uint8_t>(to_bf16(static_cast<float>(i)) >> 8);
+    }
+    for (int i = 0; i < 2; ++i) {
+      low[i] = _mm512_load_si512(bytes[0] + 64 * i);
+      high[i] = _mm512_load_si512(bytes[1] + 64 * i);
+    }
+  }
+  template <int S>
+  CHILIAD_INLINE __m512bh get(__m512i bytes) const {
+    const __m512i magnitude = _mm512_abs_epi8(bytes);  // the look-up sees 7 bits
+    const __m512i l = _mm512_permutex2var_epi8(low[0], magnitude, low[1]);
+    const __m512i h = _mm512_ternarylogic_epi32(_mm512_permutex2var_epi8(high[0], magnitude, high[1]), bytes,
+                                                _mm512_set1_epi8(static_cast<char>(0x80)), 0xf8);  // h | (bytes & sign)
+    return (__m512bh)(S ? _mm512_unpackhi_epi8(l, h) : _mm512_unpacklo_epi8(l, h));
+  }
+};
+
+// c[R][32] = a[R][K] * panel. Rows of c are kStride apart.
+template <class Levels, bool Minimum, bool Fetch, int R>
+void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, int k_padded, float* c) {
+  constexpr int kTile = Levels::kLoads * 64, kBytes = 2 * kTile + (Minimum ? 128 : 64);
+  constexpr int kAhead = 3072;  // bytes
+  const Levels levels;
+  for (int k = 0; k < k_padded; k += 32, a += 1024, sums += kRowTile, panel += kBytes) {
+    __m512 sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    if (Fetch)
+      for (int line = 0; line < kBytes; line += 64) _mm_prefetch(panel + kAhead + line, _MM_HINT_T0);
+    auto pair = [&]<int S>(const __m512i& v0, const __m512i& v1, const std::byte* at) {
+      const __m512bh w0 = levels.template get<S>(v0), w1 = levels.template get<S>(v1);
+      for (int r = 0; r < R; ++r) {
+        int both;
+        std::memcpy(&both, at + r * 64 + S * 4, 4);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(both);
+        sum[r][0] = _mm512_dpbf16_ps(sum[r][0], x, w0);
+        sum[r][1] = _mm512_dpbf16_ps(sum[r][1], x, w1);
+      }
+    };
+    for (int j = 0; j < Levels::kLoads; ++j) {
+      const __m512i v0 = _mm512_load_si512(panel + j * 64), v1 = _mm512_load_si512(panel + kTile + j * 64);
+      const std::byte* at = a + j * Levels::kPairs * 4;
+      pair.template operator()<0>(v0, v1, at);
+      pair.template operator()<1>(v0, v1, at);
+      if constexpr (Levels::kPairs == 4) {
+        pair.template operator()<2>(v0, v1, at);
+        pair.template operator()<3>(v0, v1, at);
+      }
+    }
+    for (int v = 0; v < 2; ++v) {
+      const __m512 d = load_halves(panel + 2 * kTile + v * 32);
+      const __m512 m = Minimum ? load_halves(panel + 2 * kTile + 64 + v * 32) : _mm512_setzero_ps();
+      for (int r = 0; r < R; ++r) {
+        float* to = c + r * kStride + v * kLanes;
+        __m512 y = k ? _mm512_fmadd_ps(d, sum[r][v], vload(to)) : d * sum[r][v];
+        if (Minimum) y = _mm512_fmadd_ps(m, vset(sums[r]), y);
+        vstore(to, y);
+      }
+    }
+  }
+}
+
+template <class Levels, bool Minimum>
+void gemm_levels_tile(const std::byte* tile, const float* sums, const std::byte* panel, int k_padded, int rows, bool fetch, float* c) {
+  auto pass = [&]<int R>(int r) {
+    if (fetch && r == 0)
+      gemm_levels<Levels, Minimum, true, R>(tile, sums, panel, k_padded, c);
+    else
+      gemm_levels<Levels, Minimum, false, R>(tile + r * 64, sums + r, panel, k_padded, c + r * kStride);
+  };
+  int r = 0;
+  for (; r + 8 <= rows; r += 8) pass.template operator()<8>(r);
+  if (r + 4 <= rows) pass.template operator()<4>(r), r += 4;
+  if (r + 2 <= rows) pass.template operator()<2>(r), r += 2;
+  if (r < rows) pass.template operator()<1>(r);
+}
+
+// c[rows][32] for up to 32 rows: tiles (tiles[0], tiles[1]) * panel.
+void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const std::byte* panel, int rows, bool fetch, float* c) {
+  for (int first = 0; first < rows; first += kRowTile) {
+    const std::byte* tile = tiles[first / kRowTile];
+    const auto* sums = reinterpret_cast<const float*>(tile + plan.sums_at);
+    const int count = rows - first < kRowTile ? rows - first : kRowTile;
+    auto* call = plan.dtype == DType::int4 ? gemm_levels_tile<Int4Levels, true> : gemm_levels_tile<Int8Levels, false>;
+    call(tile, sums, panel, plan.k_padded, count, fetch && first == 0, c + first * kStride);
+  }
+}
+
+#endif
+
+}  // namespace
+}  // namespace chiliad
