@@ -37,7 +37,7 @@ void apply(const ProjectPlan& plan, const Use& use, const Block& block, int coun
   if (use.rank == 0) return;
   if (!plan.delta) {
     const bool full = block.width == kBlock;
-    expand_blocks<T, true>(use, plan.arena, block.column, full ? count : 0, full ? 0 : block.width, first, rows, c, kStride, step, {});
+    expand_blocks<T, true>(use, plan.arena, block.column, full ? count : 0, full ? 0 : block.width, first, rows, c, kStride, step, nullptr);
     return;
   }
   for (int r = 0; r < rows; ++r) {
@@ -193,9 +193,9 @@ void project(const ProjectPlan& plan) {
       threads.wait(0);
     }
     if (plan.num_tasks) {
+      Ahead ahead(plan);
       while (const ThreadPool::Run run = threads.take(1, worker, 4))
-        for (int i = run.first; i < run.last; ++i)
-          low_rank(plan, plan.tasks[i], i + 1 < plan.num_tasks ? &plan.tasks[i + 1] : nullptr, work);
+        for (int i = run.first; i < run.last; ++i) low_rank(plan, plan.tasks[i], ahead, work);
       threads.wait(1);
     }
     while (const ThreadPool::Run run = threads.take(2, worker, most))

@@ -8,41 +8,88 @@ namespace {
 
 // ---- phase 1: low rank ----
 
-// Memory that will be needed soon, fetched line by line between other work.
-struct Fetch {
-  const std::uint8_t* at = nullptr;
-  int lines = 0;
+// What a worker will read: the rank rows of its tasks in their order, A before B, as lines of
+// memory. Whoever reads lines for the first time asks for as many of those that come later, so
+// that the distance stays the same. Rows are found one by one: where a page of the pool ends, so
+// does every pattern that the processor could see.
+class Ahead {
+ public:
+  explicit Ahead(const ProjectPlan& plan) : plan_(plan) {}
+
+  // Before a task is worked on. As a rule its first lines were asked for, but some got lost.
+  void begin(const Task* task) {
+    task_ = task;
+    enter(false);
+    lines_ = 0;
+    fetch(kDistance);
+  }
+
+  CHILIAD_INLINE void fetch(int lines) {
+    while (lines > lines_) {
+      lines -= lines_;
+      ask(lines_);
+      if (!next_row()) return;
+    }
+    ask(lines);
+    lines_ -= lines;
+  }
+
+ private:
+  static constexpr int kDistance = 384;  // lines: 24 KB, which the L1 cache has room for
+  static constexpr int kLocality = kAmx ? 2 : 3;
+
+  CHILIAD_INLINE void ask(int lines) {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(at_ + 64 * i, 0, kLocality);
+    at_ += 64 * lines;
+  }
+
+  // The A rows of task_, or its B rows.
+  void enter(bool b) {
+    const Use& use = *task_->use;
+    b_ = b;
+    row_ = b ? use.b : use.a;
+    end_ = row_ + use.rank;
+    row_lines_ = ((b ? use.size : plan_.in_features) * item_bytes(use.dtype) + 63) / 64;
+  }
+
+  bool next_row() {
+    lines_ = 0;
+    while (row_ == end_) {
+      if (b_ || !plan_.delta) {
+        if (task_ + 1 == plan_.tasks + plan_.num_tasks) return false;
+        ++task_;
+        enter(false);
+      } else {
+        enter(true);
+      }
+    }
+    at_ = plan_.arena + *row_++;
+    lines_ = row_lines_;
+    return true;
+  }
+
+  const ProjectPlan& plan_;
+  const Task* task_ = nullptr;
+  bool b_ = false;
+  const std::int64_t *row_ = nullptr, *end_ = nullptr;  // rows not yet begun
+  const std::uint8_t* at_ = nullptr;  // the next line of the row that was begun
+  int lines_ = 0, row_lines_ = 0;     // left of it, and of a whole row
 };
 
-// The first of `count` rows at these offsets, as far as they lie back to back (as a rule, all).
-Fetch fetch_rows(const std::uint8_t* arena, const std::int64_t* at, int count, int row_bytes) {
-  const std::int64_t stride = (row_bytes + 63) / 64 * 64;
-  if (count > 0 && at[count - 1] - at[0] != (count - 1) * stride) {
-    int n = 1;
-    while (at[n] - at[n - 1] == stride) ++n;
-    count = n;
-  }
-  return {arena + at[0], static_cast<int>(count * stride / 64)};
-}
-
-CHILIAD_INLINE void fetch_lines(const std::uint8_t*& at, int count) {
-  for (int i = 0; i < count; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
-  at += 64 * count;
-}
-
 // z[rank][R] * B[rank][16 NB columns], summed over ranks in their order, is added to `to` (or
-// stored there). Blocks are `step` floats apart, rows `stride`.
+// stored there). Blocks are `step` floats apart, rows `stride`. `ahead`: if B is read for the
+// first time, else null (here and below).
 template <class T, int R, int NB, bool Add>
 void expand(const Use& use, const std::uint8_t* arena, int column, const float* z, float* to, std::size_t stride,
-            int step, const std::uint8_t*& ahead, int lines) {
+            int step, Ahead* ahead) {
+  constexpr int kLines = (NB * kBlock * sizeof(T) + 63) / 64;
   const int ldz = use.stop - use.start;
-  const std::uint8_t* fetched = ahead;
   Vec sum[R][NB][kVecs];
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < NB; ++b)
       for (int v = 0; v < kVecs; ++v) sum[r][b][v] = vset(0.0f);
   for (int j = 0; j < use.rank; ++j) {
-    if (!Add) fetch_lines(fetched, lines);
+    if (ahead) ahead->fetch(kLines);
     const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column;
     for (int b = 0; b < NB; ++b)
       for (int v = 0; v < kVecs; ++v) {
@@ -56,7 +103,6 @@ void expand(const Use& use, const std::uint8_t* arena, int column, const float* 
         float* p = to + r * stride + b * step + v * kLanes;
         vstore(p, Add ? vload(p) + sum[r][b][v] : sum[r][b][v]);
       }
-  ahead = fetched;
 }
 
 // The same for a block that is not full.
@@ -78,19 +124,14 @@ void expand_rest(const Use& use, const std::uint8_t* arena, int column, int widt
 // `rows` rows from row `first`, `count` full blocks and `rest` columns.
 template <class T, bool Add>
 void expand_blocks(const Use& use, const std::uint8_t* arena, int column, int count, int rest, int first, int rows,
-                   float* to, std::size_t stride, int step, Fetch next) {
+                   float* to, std::size_t stride, int step, Ahead* ahead) {
   constexpr int kMany = 8 / kVecs > 1 ? 8 / kVecs : 1;   // blocks at once for one row
   constexpr int kFew = kMany > 2 ? kMany / 2 : 1;        // and for four
   const float* z = use.z + (first - use.start);
-  int lines = 0;
-  if (!Add) {
-    const int passes = ((count + kMany - 1) / kMany) * use.rank;
-    lines = passes ? (next.lines + passes - 1) / passes : 0;
-  }
   int r = 0;
   auto pass = [&]<int R, int NB>(int& b) {
     for (; b + NB <= count; b += NB)
-      expand<T, R, NB, Add>(use, arena, column + b * kBlock, z + r, to + r * stride + b * step, stride, step, next.at, lines);
+      expand<T, R, NB, Add>(use, arena, column + b * kBlock, z + r, to + r * stride + b * step, stride, step, r ? nullptr : ahead);
   };
   for (; r + 4 <= rows; r += 4) {
     int b = 0;
@@ -113,6 +154,7 @@ void expand_blocks(const Use& use, const std::uint8_t* arena, int column, int co
 // Rows of x for shrink: bfloat16 rank rows of a linear that rounds its input see the rounded
 // input, from its tiles; others see x as it is.
 struct PlainRows {
+  using Element = float;
   const float* x;
   std::size_t stride;
   const float* row(int r) const { return x + r * stride; }
@@ -120,6 +162,7 @@ struct PlainRows {
 };
 
 struct TileRows {
+  using Element = bf16;
   const std::byte* input;
   std::size_t tile_bytes;
   const bf16* row(int r) const {
@@ -128,75 +171,104 @@ struct TileRows {
   static const bf16* at(const bf16* row, int k) { return row + k / 32 * 512 + k % 32; }
 };
 
+// How rank rows of T meet inputs of X, kWidth elements at a time.
+template <class T, class X>
+struct Meet {
+  static constexpr int kWidth = kLanes;
+  template <class E>
+  static Vec load(const E* p) { return vload(p); }
+  template <class E>
+  static Vec load(const E* p, int n) { return vload(p, n); }
+  static Vec add(Vec a, Vec x, Vec sum) { return vfma(a, x, sum); }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Meet<bf16, bf16> {
+  static constexpr int kWidth = 32;
+  static CHILIAD_INLINE __m512bh load(const bf16* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static CHILIAD_INLINE __m512bh load(const bf16* p, int n) {
+    return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16((1u << n) - 1, p));
+  }
+  static CHILIAD_INLINE Vec add(__m512bh a, __m512bh x, Vec sum) { return _mm512_dpbf16_ps(sum, a, x); }
+};
+#endif
+
 // z[j][r] = scale[j] * (x_r . a_j). One vector of partial sums per output, added up at the end:
 // the order of additions does not depend on R and J.
 template <class T, int R, int J, class X>
-void dots(const std::uint8_t* arena, const std::int64_t* at, const X& x, int first, int n, const float* scale, float* z, int ldz) {
+void dots(const std::uint8_t* arena, const std::int64_t* at, const X& x, int first, int n, const float* scale, float* z, int ldz,
+          Ahead* ahead) {
+  using M = Meet<T, typename X::Element>;
+  constexpr int kWidth = M::kWidth, kLine = 64 / sizeof(T);
   const T* a[J];
   for (int j = 0; j < J; ++j) a[j] = reinterpret_cast<const T*>(arena + at[j]);
-  decltype(x.row(0)) row[R];
+  const typename X::Element* row[R];
   for (int r = 0; r < R; ++r) row[r] = x.row(first + r);
   Vec sum[R][J];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) sum[r][j] = vset(0.0f);
-  const int whole = n / kLanes * kLanes;
-  for (int k = 0; k < whole; k += kLanes) {
-    Vec xs[R];
-    for (int r = 0; r < R; ++r) xs[r] = vload(X::at(row[r], k));
+  const int whole = n / kWidth * kWidth;
+  for (int k = 0; k < whole; k += kWidth) {
+    if (ahead && k % kLine == 0) ahead->fetch(J);
+    decltype(M::load(row[0])) xs[R];
+    for (int r = 0; r < R; ++r) xs[r] = M::load(X::at(row[r], k));
     for (int j = 0; j < J; ++j) {
-      const Vec v = vload(a[j] + k);
-      for (int r = 0; r < R; ++r) sum[r][j] = vfma(v, xs[r], sum[r][j]);
+      const auto v = M::load(a[j] + k);
+      for (int r = 0; r < R; ++r) sum[r][j] = M::add(v, xs[r], sum[r][j]);
     }
   }
   if (whole < n)
     for (int j = 0; j < J; ++j) {
-      const Vec v = vload(a[j] + whole, n - whole);
-      for (int r = 0; r < R; ++r) sum[r][j] = vfma(v, vload(X::at(row[r], whole), n - whole), sum[r][j]);
+      const auto v = M::load(a[j] + whole, n - whole);
+      for (int r = 0; r < R; ++r) sum[r][j] = M::add(v, M::load(X::at(row[r], whole), n - whole), sum[r][j]);
     }
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) z[j * ldz + r] = vsum(sum[r][j]) * scale[j];
 }
 
+// Ranks [rank, stop) of a task.
 template <class T, class X>
-void shrink(const ProjectPlan& plan, const Task& task, const X& x) {
+void shrink(const ProjectPlan& plan, const Task& task, const X& x, int rank, int stop, Ahead& ahead) {
   constexpr int kJ = kLanes == 16 ? 4 : 2;
   const Use& use = *task.use;
   const int ldz = use.stop - use.start;
   auto pass = [&]<int R, int J>(int row, int j) {
     float* z = use.z + static_cast<std::size_t>(j) * ldz + (row - use.start);
-    dots<T, R, J>(plan.arena, use.a + j, x, row, plan.in_features, use.scale + j, z, ldz);
+    dots<T, R, J>(plan.arena, use.a + j, x, row, plan.in_features, use.scale + j, z, ldz, row == task.row ? &ahead : nullptr);
   };
   int row = task.row;
-  const int stop = task.row + task.rows;
-  for (; row + 4 <= stop; row += 4) {
-    int j = 0;
-    for (; j + kJ <= use.rank; j += kJ) pass.template operator()<4, kJ>(row, j);
-    for (; j < use.rank; ++j) pass.template operator()<4, 1>(row, j);
+  const int end = task.row + task.rows;
+  for (; row + 4 <= end; row += 4) {
+    int j = rank;
+    for (; j + kJ <= stop; j += kJ) pass.template operator()<4, kJ>(row, j);
+    for (; j < stop; ++j) pass.template operator()<4, 1>(row, j);
   }
-  for (; row < stop; ++row) {
-    int j = 0;
-    for (; j + 8 <= use.rank; j += 8) pass.template operator()<1, 8>(row, j);
-    for (; j < use.rank; ++j) pass.template operator()<1, 1>(row, j);
+  for (; row < end; ++row) {
+    int j = rank;
+    for (; j + 8 <= stop; j += 8) pass.template operator()<1, 8>(row, j);
+    for (; j < stop; ++j) pass.template operator()<1, 1>(row, j);
   }
 }
 
-void shrink_any(const ProjectPlan& plan, const Task& task) {
+void shrink_any(const ProjectPlan& plan, const Task& task, int rank, int stop, Ahead& ahead) {
   const PlainRows plain{plan.x32 ? plan.x32 : plan.x, static_cast<std::size_t>(plan.in_features)};
-  if (task.use->dtype == DType::float32) return shrink<float>(plan, task, plain);
-  if (plan.dtype == DType::float32) return shrink<bf16>(plan, task, plain);
+  if (task.use->dtype == DType::float32) return shrink<float>(plan, task, plain, rank, stop, ahead);
+  if (plan.dtype == DType::float32) return shrink<bf16>(plan, task, plain, rank, stop, ahead);
   if constexpr (kBf16Tiles)
-    shrink<bf16>(plan, task, TileRows{plan.input, plan.tile_bytes});
+    shrink<bf16>(plan, task, TileRows{plan.input, plan.tile_bytes}, rank, stop, ahead);
   else
-    shrink<bf16>(plan, task, PlainRows{reinterpret_cast<const float*>(plan.input), static_cast<std::size_t>(plan.k_padded)});
+    shrink<bf16>(plan, task, PlainRows{reinterpret_cast<const float*>(plan.input), static_cast<std::size_t>(plan.k_padded)},
+                 rank, stop, ahead);
 }
 
 #if defined(__AMX_BF16__)
 
-// Ranks [rank, rank + 16) times up to 64 rows (4 row tiles). Full sets of ranks at a constant
+// Ranks [rank, stop), at most 16, times up to 64 rows (4 row tiles). Full sets of ranks at a constant
 // distance are multiplied where they lie, others are copied first.
-void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, Fetch next, std::byte* work) {
+void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, int stop, Ahead& ahead, std::byte* work) {
   const Use& use = *task.use;
-  const int ranks = use.rank - rank < 16 ? use.rank - rank : 16;
+  const int ranks = stop - rank;
   const std::int64_t* at = use.a + rank;
   const std::uint8_t* rows = plan.arena + at[0];
   std::int64_t stride = ranks > 1 ? at[1] - at[0] : 0;
@@ -214,7 +286,6 @@ void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, Fetch nex
   const int first = task.row / kRowTile, tiles = (task.row + task.rows - 1) / kRowTile - first + 1;
   const std::size_t tile_bytes = std::size_t{32} * plan.k_padded;
   const std::byte* x = plan.turned + first * tile_bytes;
-  const int steps = plan.k_padded / 32, lines = (next.lines + steps - 1) / steps;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -223,7 +294,7 @@ void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, Fetch nex
     _tile_loadd(4, rows + 2 * k, stride);
     _tile_loadd(5, x, 64);
     _tile_dpbf16ps(0, 4, 5);
-    fetch_lines(next.at, lines);
+    ahead.fetch(ranks);
     if (tiles == 1) continue;
     _tile_loadd(6, x + tile_bytes, 64);
     _tile_dpbf16ps(1, 4, 6);
@@ -254,35 +325,28 @@ void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, Fetch nex
 
 #endif
 
-Fetch fetch_a(const ProjectPlan& plan, const Use& use, int rank) {
-  const int rows = use.rank - rank < 16 ? use.rank - rank : 16;
-  return fetch_rows(plan.arena, use.a + rank, rows, plan.in_features * item_bytes(use.dtype));
-}
-
-// The low rank part of one use, for some of its rows: z, and z B if it is wanted now. While it
-// works on one stretch of memory (16 rows of A, B, the next task's A) it fetches the next.
-void low_rank(const ProjectPlan& plan, const Task& task, const Task* after, [[maybe_unused]] std::byte* work) {
+// The low rank part of one use, for some of its rows: z, and z B if it is wanted now.
+void low_rank(const ProjectPlan& plan, const Task& task, Ahead& ahead, [[maybe_unused]] std::byte* work) {
+  constexpr int kRanks = 16;  // at once: they stay in the L1 cache for all rows
   const Use& use = *task.use;
-  Fetch b;
-  if (plan.delta) b = fetch_rows(plan.arena, use.b, use.rank, use.size * item_bytes(use.dtype));
+  ahead.begin(&task);
+  for (int rank = 0; rank < use.rank; rank += kRanks) {
+    const int stop = rank + kRanks < use.rank ? rank + kRanks : use.rank;
 #if defined(__AMX_BF16__)
-  if (plan.turned && use.dtype == DType::bfloat16) {
-    for (int rank = 0; rank < use.rank; rank += 16) {
-      const Fetch next = rank + 16 < use.rank ? fetch_a(plan, use, rank + 16) : b;
-      shrink_tiles(plan, task, rank, next, work);
+    if (plan.turned && use.dtype == DType::bfloat16) {
+      shrink_tiles(plan, task, rank, stop, ahead, work);
+      continue;
     }
-  } else
 #endif
-    shrink_any(plan, task);
+    shrink_any(plan, task, rank, stop, ahead);
+  }
   if (!plan.delta) return;
-  Fetch next;
-  if (after) next = fetch_a(plan, *after->use, 0);
   float* to = plan.delta + static_cast<std::size_t>(task.row) * plan.out_features + use.first;
   const int count = use.size / kBlock, rest = use.size % kBlock;
   if (use.dtype == DType::bfloat16)
-    expand_blocks<bf16, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, next);
+    expand_blocks<bf16, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, &ahead);
   else
-    expand_blocks<float, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, next);
+    expand_blocks<float, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, &ahead);
 }
 
 }  // namespace
