@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from chiliad.errors import InvalidConfig
 
@@ -23,6 +23,7 @@ ENVIRONMENT: dict[str, str] = {
 }
 
 DType = Literal["float32", "bfloat16", "int8", "int4"]
+AdapterDType = Literal["float32", "bfloat16", "int8"]
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -126,4 +127,14 @@ class EngineConfig:
     max_model_len: int | None = None  # None: what the model was trained for
     kernel: KernelConfig = field(default_factory=KernelConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    adapter_dtype: AdapterDType | None = (
+        None  # of rank rows in the pool; None: float32 for float32, else bfloat16
+    )
     adapter_share: float | None = None  # of the pool: a static split, to measure the unified pool against
+
+    def __post_init__(self) -> None:
+        if self.adapter_dtype not in (None, *get_args(AdapterDType)):
+            raise InvalidConfig(
+                f"adapter_dtype is one of {', '.join(get_args(AdapterDType))}, not {self.adapter_dtype!r}",
+                param="adapter_dtype",
+            )

@@ -28,6 +28,7 @@ from chiliad.adapters.residency import Done, Entry, Residents
 from chiliad.core import AdapterUse, AdapterVersion, BaseInfo
 from chiliad.errors import AdapterError, ChiliadError, InvalidAdapter, OutOfMemory
 from chiliad.kernels.base import AdapterRows, Kernels, LowRankRows
+from chiliad.kernels.reference import int8_rows
 from chiliad.memory.arena import Arena, Packing, pack_rows
 from chiliad.memory.pool import PagePool
 from chiliad.observe import EngineMetrics
@@ -43,7 +44,7 @@ _ROOM = 2**26  # bytes of file contents for which a loader thread keeps its buff
 class AdapterStore(Residents):
     """Residency of adapters and the bytes behind it: reads, checks, lowers and packs their files.
 
-    dtype: float32 or bfloat16, of the stored rows. on_ready is called on a loader thread when
+    dtype: float32, bfloat16 or int8 (a scale for each row), of the stored rows. on_ready is called on a loader thread when
     `poll` has something to do.
     """
 
@@ -208,9 +209,15 @@ class AdapterStore(Residents):
         for slot in slots:
             self._rest()
             pair, rank = lowered.low_rank[slot], ranks[slot]
+            scale: np.ndarray = np.ones(rank, np.float32)
             for rows in (pair.a, pair.b):
                 # a small piece of work: torch would not wake other threads for it
-                source = rows.to(self._dtype).contiguous().view(torch.uint8).numpy()
+                if self._dtype == torch.int8:
+                    stored, scales = int8_rows(rows)
+                    scale *= scales.numpy()
+                else:
+                    stored = rows.to(self._dtype)
+                source = stored.contiguous().view(torch.uint8).numpy()
                 done = 0
                 while done < rank:
                     page, offset, count, stride = next(pieces)
@@ -219,7 +226,7 @@ class AdapterStore(Residents):
                     place[:, : source.shape[1]] = source[done : done + count]
                     done += count
             a, b = offsets[first : first + rank], offsets[first + rank : first + 2 * rank]
-            low_rank[slot] = LowRankRows(a, b, np.ones(rank, np.float32))
+            low_rank[slot] = LowRankRows(a, b, scale)
             first += 2 * rank
         return AdapterRows(low_rank, {}, self._dtype)
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 
 from chiliad.kernels.base import (
@@ -64,7 +65,9 @@ def best_of(call: Callable[[], object], repeats: int, budget: float = 1.0) -> fl
 class LinearLayers:
     """The linear layers of SmolLM2-135M with random weights, and adapters on q, k, v, o."""
 
-    def __init__(self, kernels: CpuKernels, dtype: str, adapters: int = 0, rank: int = 16) -> None:
+    def __init__(
+        self, kernels: CpuKernels, dtype: str, adapters: int = 0, rank: int = 16, adapter_dtype: str = ""
+    ) -> None:
         self.kernels = kernels
         self.nbytes = 0
         g = torch.Generator().manual_seed(0)
@@ -86,18 +89,18 @@ class LinearLayers:
         ]
         self.head = pack(HIDDEN, (VOCAB,), (-1,))
         self.norm = NormSpec("rms", torch.ones(HIDDEN), 1e-5)
-        stored = torch.float32 if dtype == "float32" else torch.bfloat16
+        usual = "float32" if dtype == "float32" else "bfloat16"
+        stored: torch.dtype = getattr(torch, adapter_dtype or usual)
         builder = ArenaBuilder(stored)
         outs = (HIDDEN, KV_WIDTH, KV_WIDTH, HIDDEN)
         made = []
-        scale = torch.full((rank,), 0.05).numpy()
         for _ in range(adapters):
             low = {}
             for layer in range(LAYERS):
                 for j, out in enumerate(outs):
-                    a = torch.tensor([builder.add(torch.randn(HIDDEN, generator=g)) for _ in range(rank)])
-                    b = torch.tensor([builder.add(torch.randn(out, generator=g)) for _ in range(rank)])
-                    low[7 * layer + j] = LowRankRows(a.numpy(), b.numpy(), scale)
+                    a, scale_a = builder.add_rank_rows(torch.randn(rank, HIDDEN, generator=g))
+                    b, scale_b = builder.add_rank_rows(torch.randn(rank, out, generator=g))
+                    low[7 * layer + j] = LowRankRows(a, b, np.float32(0.05) * scale_a * scale_b)
             made.append(AdapterRows(low, {}, stored))
         self.adapter_nbytes = LAYERS * rank * sum(HIDDEN + out for out in outs) * stored.itemsize
         arena = Arena(-(-builder.nbytes // (1 << 20)) + 1, 1 << 20).buffer  # huge pages, as when serving
@@ -130,7 +133,7 @@ class LinearLayers:
 
 def bench_step(args: argparse.Namespace) -> list[dict[str, object]]:
     kernels = CpuKernels(isa=args.isa, threads=args.threads)
-    layers = LinearLayers(kernels, args.dtype, args.adapters, args.rank)
+    layers = LinearLayers(kernels, args.dtype, args.adapters, args.rank, args.adapter_dtype)
     results: list[dict[str, object]] = []
     for rows in args.rows:
         sizes = {"none": [(-1, rows)]}
@@ -205,6 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--adapters", type=int, default=0)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--adapter-dtype", default="", help="float32, bfloat16 or int8")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--budget", type=float, default=5.0, help="seconds per measurement")
     parser.add_argument("--match", default="", help="only cases whose name holds this")

@@ -87,12 +87,13 @@ def geometry(
     weights_bytes: where it was measured. Raises InvalidConfig when nothing would fit.
     """
     arch, dtype = base.arch, table_dtype(config.dtype)
+    rows = getattr(torch, config.adapter_dtype) if config.adapter_dtype else dtype
     layout = kv_layout(
         num_layers=arch.layers,
         num_kv_heads=arch.kv_heads,
         head_dim=arch.head_dim,
         dtype=dtype,
-        row_bytes=[n * dtype.itemsize for site in base.sites for n in (site.in_features, site.out_features)],
+        row_bytes=[n * rows.itemsize for site in base.sites for n in (site.in_features, site.out_features)],
     )
     weights = weights_bytes or base.weights_bytes
     num_pages = (config.memory - weights - workspace(arch, config.scheduler)) // layout.page_bytes
@@ -104,7 +105,7 @@ def geometry(
         )
     wanted = _targets(base.sites, targets)
     limit = min(config.max_model_len or arch.max_positions, arch.max_positions)
-    sizes = tuple(_size_of(wanted, rank, dtype, layout.page_bytes) for rank in ranks)
+    sizes = tuple(_size_of(wanted, rank, rows, layout.page_bytes) for rank in ranks)
     return Geometry(num_pages, layout.page_bytes, arch.layers, layout.block_tokens, limit, sizes)
 
 

@@ -51,6 +51,11 @@ engine_options = stack(
         help="Type of the base weights.",
     ),
     click.option(
+        "--adapter-dtype",
+        type=click.Choice(["float32", "bfloat16", "int8"]),
+        help="Type of adapters in memory; by default bfloat16 (float32 beside a float32 base).",
+    ),
+    click.option(
         "--max-model-len", type=click.IntRange(min=1), help="Longest sequence; the model's own by default."
     ),
     click.option(
@@ -124,6 +129,7 @@ def engine_config(options: dict[str, Any], **scheduler: Any) -> EngineConfig:
     return EngineConfig(
         memory=options["memory"],
         dtype=options["dtype"],
+        adapter_dtype=options["adapter_dtype"],
         max_model_len=options["max_model_len"],
         kernel=KernelConfig(options["kernels"], options["isa"], options["threads"]),
         scheduler=SchedulerConfig(**scheduler),
@@ -140,6 +146,7 @@ def load_llm(model: str, options: dict[str, Any], folders: tuple[Path, ...] = ()
             model,
             memory=config.memory,
             dtype=config.dtype,
+            adapter_dtype=config.adapter_dtype,
             max_model_len=config.max_model_len,
             kernel=config.kernel,
         )

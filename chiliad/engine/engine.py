@@ -93,6 +93,7 @@ class Engine:
         self.base, self.tokenizer = model.info, model.tokenizer
         self.metrics = EngineMetrics()
         dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+        adapter_dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else dtype
         arch = model.arch
         self.max_model_len = min(config.max_model_len or arch.max_positions, arch.max_positions)
         self.layout = kv_layout(
@@ -100,7 +101,9 @@ class Engine:
             num_kv_heads=arch.kv_heads,
             head_dim=arch.head_dim,
             dtype=dtype,
-            row_bytes=[n * dtype.itemsize for s in model.info.sites for n in (s.in_features, s.out_features)],
+            row_bytes=[
+                n * adapter_dtype.itemsize for s in model.info.sites for n in (s.in_features, s.out_features)
+            ],
         )
         step_bytes = workspace(arch, config.scheduler)
         num_pages = (config.memory - model.nbytes - step_bytes) // self.layout.page_bytes
@@ -117,7 +120,13 @@ class Engine:
         kernels.bind_arena(self.arena.buffer, self.layout)
         self._wake = threading.Event()
         self.store = AdapterStore(
-            self.pool, self.arena, kernels, model.info, dtype, on_ready=self._wake.set, metrics=self.metrics
+            self.pool,
+            self.arena,
+            kernels,
+            model.info,
+            adapter_dtype,
+            on_ready=self._wake.set,
+            metrics=self.metrics,
         )
         self.scheduler = Scheduler(
             config.scheduler,

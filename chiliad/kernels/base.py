@@ -52,7 +52,8 @@ class LowRankRows:
     """Where one adapter's rank rows for one slot lie in the arena.
 
     Row j adds `scale[j] * (A_j . x) * B_j` to y. A_j has in_features elements, B_j has
-    out_features elements (a column of PEFT's lora_B), each contiguous in the arena.
+    out_features elements (a column of PEFT's lora_B), each contiguous in the arena. Whole
+    numbers of int8 rows stand for themselves: `scale[j]` is the product of both rows' scales.
     """
 
     a: np.ndarray  # int64 [r], byte offsets into the arena
@@ -73,14 +74,18 @@ class ElementwiseRows:
 class AdapterRows:
     """One adapter (or a composition of several) as the kernels see it: slot -> rows.
 
-    `dtype` is the storage type of every row it points at: float32, bfloat16 or int8 (int8
-    rows are dequantised by `scale`, which then includes the scales of both rows).
+    `dtype` is the storage type of every rank row: float32, bfloat16 or int8. Elementwise
+    vectors, which are few, are bfloat16 beside int8 rows, else of the same type.
     """
 
     low_rank: dict[int, LowRankRows]
     elementwise: dict[int, ElementwiseRows]
     dtype: torch.dtype
     native: object = None  # handle of the implementation that prepared it
+
+    @property
+    def vector_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == torch.float32 else torch.bfloat16
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from chiliad.kernels.base import (
     Step,
     Tensor,
 )
+from chiliad.kernels.reference import int8_rows
 
 Traffic = Literal[
     "none",
@@ -90,7 +91,10 @@ class Guarded:
 
 
 class ArenaBuilder:
-    """Collects rows, then lays them out 64-byte aligned, in order, between NaN bytes."""
+    """Collects rows, then lays them out 64-byte aligned, in order, between NaN bytes.
+
+    dtype: of rank rows; of other vectors too, but bfloat16 beside int8.
+    """
 
     def __init__(self, dtype: torch.dtype, start: int = 0) -> None:
         self.dtype = dtype
@@ -98,10 +102,21 @@ class ArenaBuilder:
         self._rows: list[tuple[int, Tensor]] = []
 
     def add(self, row: Tensor) -> int:
-        stored = row.to(self.dtype)
+        stored = row.to(torch.bfloat16 if self.dtype == torch.int8 else self.dtype)
+        return self._add(stored)
+
+    def add_rank_rows(self, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """rows [r, n] -> where they are (int64 [r]) and what to scale them with (float32 [r])."""
+        if self.dtype == torch.int8:
+            stored, scale = int8_rows(rows)
+        else:
+            stored, scale = rows.to(self.dtype), torch.ones(len(rows))
+        return np.array([self._add(row) for row in stored], np.int64), scale.numpy()
+
+    def _add(self, stored: Tensor) -> int:
         offset = self._size
         self._rows.append((offset, stored))
-        self._size += -(-stored.numel() * self.dtype.itemsize // 64) * 64
+        self._size += -(-stored.numel() * stored.dtype.itemsize // 64) * 64
         return offset
 
     @property
@@ -116,7 +131,7 @@ class ArenaBuilder:
 
     def write(self, arena: Tensor) -> None:
         for offset, row in self._rows:
-            nbytes = row.numel() * self.dtype.itemsize
+            nbytes = row.numel() * row.dtype.itemsize
             arena[offset : offset + nbytes] = row.contiguous().view(torch.uint8)
 
 
@@ -179,10 +194,10 @@ def build_adapters(
                 if slot < 0 or method == 4:
                     continue
                 if method in (0, 2):
-                    a = [builder.add(torch.randn(spec.in_features, generator=g)) for _ in range(r)]
-                    b = [builder.add(torch.randn(out, generator=g)) for _ in range(r)]
+                    a, scale_a = builder.add_rank_rows(torch.randn(r, spec.in_features, generator=g))
+                    b, scale_b = builder.add_rank_rows(torch.randn(r, out, generator=g))
                     scale = torch.rand(r, generator=g).numpy() / (3 * spec.in_features**0.5)
-                    low[slot] = LowRankRows(np.array(a, np.int64), np.array(b, np.int64), scale)
+                    low[slot] = LowRankRows(a, b, scale * scale_a * scale_b)
                     nbytes += r * (spec.in_features + out) * dtype.itemsize
                 if method:
                     d = builder.add(1 + 0.3 * torch.randn(spec.in_features, generator=g))
@@ -340,10 +355,17 @@ def _project_tests() -> Iterator[Case]:
             yield project_case(
                 "gated", 20, 64, (40, 40), dtype, traffic=traffic, activation="silu_mul", norm="rms"
             )
-        yield project_case("f32rows", 12, 64, (64,), dtype, traffic="mixed_methods", rows_dtype=torch.float32)
-        yield project_case(
-            "bf16rows", 12, 64, (64,), dtype, traffic="mixed_methods", rows_dtype=torch.bfloat16
-        )
+        for stored in (torch.float32, torch.bfloat16, torch.int8):
+            name = f"{str(stored).removeprefix('torch.')}_rows"
+            yield project_case(name, 12, 64, (64,), dtype, traffic="mixed_methods", rows_dtype=stored)
+            for rows in (3, 21, 90):  # few rows, full row tiles, and beyond what keeps z B aside
+                yield project_case(
+                    name, rows, 83, (50, 17, 33), dtype, traffic="mixed_ranks", rows_dtype=stored,
+                    norm="rms", residual=rows == 21,
+                )  # fmt: skip
+            yield project_case(
+                name, 20, 72, (40, 40), dtype, traffic="zipf", rows_dtype=stored, activation="silu_mul"
+            )
 
 
 def test_cases() -> list[Case]:

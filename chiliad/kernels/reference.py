@@ -49,6 +49,13 @@ def fitted(weight: Tensor | QuantizedWeight, spec: LinearSpec) -> Tensor | Quant
     return quantize(weight, spec.dtype) if spec.dtype in ("int8", "int4") else weight
 
 
+def int8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rank rows [r, n] -> whole numbers -127..127 (int8 [r, n]) and a float32 scale for each row [r]."""
+    rows = rows.float()
+    scale = rows.abs().amax(dim=1).clamp_min(1e-30) / 127
+    return (rows / scale.unsqueeze(1)).round_().to(torch.int8), scale
+
+
 class ReferenceKernels:
     """Implements `kernels.base.Kernels`."""
 
@@ -123,7 +130,7 @@ class ReferenceKernels:
 
     @staticmethod
     def _rounded(x: Tensor, spec: LinearSpec) -> Tensor:
-        """What bfloat16 rows and all but float32 weights see of the input."""
+        """What rank rows and weights narrower than float32 see of the input."""
         return x if spec.dtype == "float32" else x.to(torch.bfloat16).float()
 
     def _apply_adapter(self, x: Tensor, y: Tensor, linear: ReferenceLinear, segment: Segment) -> None:
@@ -139,14 +146,14 @@ class ReferenceKernels:
             if vectors is not None:
                 out = y[rows, columns]
                 if vectors.d is not None:
-                    d = self._row(vectors.d, linear.spec.in_features, adapter.dtype)
+                    d = self._row(vectors.d, linear.spec.in_features, adapter.vector_dtype)
                     bias = None if linear.bias is None else linear.bias[columns]
                     scaled = self._rounded(x[rows] * d, linear.spec)
                     out = F.linear(scaled, linear.weight[columns].float(), bias)
                 if vectors.g is not None:
-                    out = out * self._row(vectors.g, size, adapter.dtype)
+                    out = out * self._row(vectors.g, size, adapter.vector_dtype)
                 if vectors.c is not None:
-                    out = out + self._row(vectors.c, size, adapter.dtype)
+                    out = out + self._row(vectors.c, size, adapter.vector_dtype)
                 y[rows, columns] = out
             low_rank = adapter.low_rank.get(slot)
             if low_rank is not None and len(low_rank.a):
@@ -154,7 +161,7 @@ class ReferenceKernels:
                     [self._row(int(o), linear.spec.in_features, adapter.dtype) for o in low_rank.a]
                 )
                 b = torch.stack([self._row(int(o), size, adapter.dtype) for o in low_rank.b])
-                seen = self._rounded(x[rows], linear.spec) if adapter.dtype == torch.bfloat16 else x[rows]
+                seen = x[rows] if adapter.dtype == torch.float32 else self._rounded(x[rows], linear.spec)
                 z = (seen @ a.T) * torch.from_numpy(low_rank.scale)
                 y[rows, columns] += z @ b
 

@@ -89,14 +89,18 @@ def project_rows(
     ).clone()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+    + [("int8", torch.bfloat16), ("int4", torch.bfloat16)]
+    + [("float32", torch.int8), ("bfloat16", torch.int8)],
+)
 @pytest.mark.parametrize("activation", [None, "silu_mul"])
 def test_rows_do_not_depend_on_their_neighbours(
-    kernels: CpuKernels, dtype: str, activation: str | None
+    kernels: CpuKernels, dtype: str, stored: torch.dtype, activation: str | None
 ) -> None:
     """Bit for bit: alone, in any chunk of its segment, or in the whole batch; even beside NaN."""
     spec = LinearSpec(83, (40, 40), (0, 1), dtype)
-    stored = torch.float32 if dtype == "float32" else torch.bfloat16
     x = torch.randn(140, 83, generator=seed_of("x"))
     everything = list(range(140))
     whole = project_rows(kernels, x, spec, everything, stored, activation)

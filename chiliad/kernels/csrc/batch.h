@@ -31,6 +31,9 @@ struct LowRank {
   int rank() const { return static_cast<int>(a.size()); }
 };
 
+// What elementwise vectors are stored as beside rank rows of a type.
+inline constexpr DType vectors_beside(DType rows) { return rows == DType::float32 ? DType::float32 : DType::bfloat16; }
+
 // y = g * (W (d * x) + bias) + c; offsets, or -1 for the identity.
 struct Elementwise {
   std::int64_t d = -1, g = -1, c = -1;
@@ -38,7 +41,7 @@ struct Elementwise {
 
 // One adapter as the kernels see it. Lookup by slot is a table: -1 where it has nothing.
 struct Adapter {
-  DType dtype = DType::float32;
+  DType dtype = DType::float32;  // of the rank rows
   std::vector<int> low_rank_at, elementwise_at;
   std::vector<LowRank> low_ranks;
   std::vector<Elementwise> elementwises;

@@ -42,6 +42,12 @@ void bind_arena(Kernels& kernels, std::uintptr_t data, std::int64_t bytes, int n
                    block_tokens, kv, page_bytes};
 }
 
+void adapter_init(Adapter* self, const std::string& dtype) {
+  const DType rows = dtype_of(dtype);
+  if (rows == DType::int4) refuse("adapter rows must be float32, bfloat16 or int8");
+  (new (self) Adapter())->dtype = rows;
+}
+
 void low_rank(Adapter& adapter, int slot, Int64s a, Int64s b, Floats scale) {
   if (slot < 0 || a.shape(0) != b.shape(0) || a.shape(0) != scale.shape(0))
     refuse("low_rank needs a slot >= 0 and as many a as b as scale");
@@ -138,7 +144,7 @@ NB_MODULE(_core, m) {
       .def_prop_ro("threads", [](const Kernels& kernels) { return kernels.threads.size(); })
       .def("bind_arena", &bind_arena);
   nb::class_<Adapter>(m, "Adapter")
-      .def("__init__", [](Adapter* self, const std::string& dtype) { (new (self) Adapter())->dtype = dtype_of(dtype); })
+      .def("__init__", &adapter_init)
       .def("low_rank", &low_rank)
       .def("elementwise", &elementwise);
   nb::class_<Step>(m, "StepBase");

@@ -122,8 +122,7 @@ bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* st
         const LowRank* low = adapter.low_rank(linear.slots[p]);
         const Elementwise* vectors = adapter.elementwise(linear.slots[p]);
         if ((low == nullptr || low->rank() == 0) && vectors == nullptr) continue;
-        if (adapter.dtype != DType::float32 && adapter.dtype != DType::bfloat16)
-          throw KernelError("adapter rows must be float32 or bfloat16");
+        const DType beside = vectors_beside(adapter.dtype);
         Use use{};
         use.start = segment.start;
         use.stop = segment.stop;
@@ -139,9 +138,9 @@ bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* st
           use.scale = low->scale.data();
         }
         if (vectors != nullptr) {
-          use.d = vector_at(arena, vectors->d, linear.in_features, adapter.dtype);
-          use.g = vector_at(arena, vectors->g, linear.sizes[p], adapter.dtype);
-          use.c = vector_at(arena, vectors->c, linear.sizes[p], adapter.dtype);
+          use.d = vector_at(arena, vectors->d, linear.in_features, beside);
+          use.g = vector_at(arena, vectors->g, linear.sizes[p], beside);
+          use.c = vector_at(arena, vectors->c, linear.sizes[p], beside);
           any_d = any_d || use.d;
         }
         plans.uses.push_back(use);

@@ -103,7 +103,7 @@ struct Use {
   int start, stop;  // rows
   int first, size;  // columns of the projection, in the whole linear
   int rank;
-  DType dtype;
+  DType dtype;  // of the rank rows
   const std::int64_t *a, *b;  // offsets of the rank rows
   const float* scale;
   float* z;  // [rank][rows], filled by phase 1

@@ -21,6 +21,7 @@ namespace {
 // columns) of rows [first, first + rows); c points at them.
 template <class T>
 void apply(const ProjectPlan& plan, const Use& use, const Block& block, int count, int step, int first, int rows, float* c) {
+  using V = std::conditional_t<sizeof(T) == 4, float, bf16>;  // of vectors, see vectors_beside
   if (use.g || use.c)
     for (int b = 0; b < count; ++b)
       for (int v = 0; v * kLanes < block.width; ++v) {
@@ -29,8 +30,8 @@ void apply(const ProjectPlan& plan, const Use& use, const Block& block, int coun
         for (int r = 0; r < rows; ++r) {
           float* p = c + r * kStride + b * step + v * kLanes;
           Vec y = vload(p);
-          if (use.g) y = y * vload(reinterpret_cast<const T*>(use.g) + at, left);
-          if (use.c) y = y + vload(reinterpret_cast<const T*>(use.c) + at, left);
+          if (use.g) y = y * vload(reinterpret_cast<const V*>(use.g) + at, left);
+          if (use.c) y = y + vload(reinterpret_cast<const V*>(use.c) + at, left);
           vstore(p, y);
         }
       }
@@ -56,10 +57,7 @@ void apply_uses(const ProjectPlan& plan, const Block& block, int count, int step
     const int first = use->start > row ? use->start : row;
     const int last = use->stop < row + rows ? use->stop : row + rows;
     float* cu = c + (first - row) * kStride;
-    if (use->dtype == DType::bfloat16)
-      apply<bf16>(plan, *use, block, count, step, first, last - first, cu);
-    else
-      apply<float>(plan, *use, block, count, step, first, last - first, cu);
+    with_rows(use->dtype, [&]<class T>() { apply<T>(plan, *use, block, count, step, first, last - first, cu); });
   }
 }
 

@@ -1,6 +1,8 @@
 // What the parts of linear.inl share. For .inl files only: each instruction set has its own copy.
 #pragma once
 
+#include <type_traits>
+
 #include "linear.h"
 #include "simd.h"
 
@@ -23,6 +25,14 @@ constexpr int kRows = 3;
 #else
 constexpr int kRows = 1;
 #endif
+
+// f.operator()<T>() with the type of an adapter's rank rows.
+template <class F>
+CHILIAD_INLINE void with_rows(DType dtype, const F& f) {
+  if (dtype == DType::float32) return f.template operator()<float>();
+  if (dtype == DType::bfloat16) return f.template operator()<bf16>();
+  f.template operator()<std::int8_t>();
+}
 
 }  // namespace
 }  // namespace chiliad

@@ -155,7 +155,7 @@ void input_tile(const ProjectPlan& plan, int tile) {
       const std::uint8_t* d = use < end && use->start <= row ? use->d : nullptr;
       if (!d)
         input_row<float>(plan, x + row * n, nullptr, to, row - first);
-      else if (use->dtype == DType::bfloat16)
+      else if (vectors_beside(use->dtype) == DType::bfloat16)
         input_row(plan, x + row * n, reinterpret_cast<const bf16*>(d), to, row - first);
       else
         input_row(plan, x + row * n, reinterpret_cast<const float*>(d), to, row - first);

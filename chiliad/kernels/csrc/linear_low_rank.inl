@@ -151,8 +151,8 @@ void expand_blocks(const Use& use, const std::uint8_t* arena, int column, int co
       expand_rest<T, Add>(use, arena, column + count * kBlock, rest, z + r, to + r * stride + count * step);
 }
 
-// Rows of x for shrink: bfloat16 rank rows of a linear that rounds its input see the rounded
-// input, from its tiles; others see x as it is.
+// Rows of x for shrink: bfloat16 and int8 rank rows of a linear that rounds its input see the
+// rounded input, from its tiles; others see x as it is.
 struct PlainRows {
   using Element = float;
   const float* x;
@@ -254,12 +254,19 @@ void shrink(const ProjectPlan& plan, const Task& task, const X& x, int rank, int
 void shrink_any(const ProjectPlan& plan, const Task& task, int rank, int stop, Ahead& ahead) {
   const PlainRows plain{plan.x32 ? plan.x32 : plan.x, static_cast<std::size_t>(plan.in_features)};
   if (task.use->dtype == DType::float32) return shrink<float>(plan, task, plain, rank, stop, ahead);
-  if (plan.dtype == DType::float32) return shrink<bf16>(plan, task, plain, rank, stop, ahead);
-  if constexpr (kBf16Tiles)
-    shrink<bf16>(plan, task, TileRows{plan.input, plan.tile_bytes}, rank, stop, ahead);
+  const PlainRows rounded{reinterpret_cast<const float*>(plan.input), static_cast<std::size_t>(plan.k_padded)};
+  auto narrow = [&]<class T>() {
+    if (plan.dtype == DType::float32)
+      shrink<T>(plan, task, plain, rank, stop, ahead);
+    else if constexpr (kBf16Tiles)
+      shrink<T>(plan, task, TileRows{plan.input, plan.tile_bytes}, rank, stop, ahead);
+    else
+      shrink<T>(plan, task, rounded, rank, stop, ahead);
+  };
+  if (task.use->dtype == DType::bfloat16)
+    narrow.template operator()<bf16>();
   else
-    shrink<bf16>(plan, task, PlainRows{reinterpret_cast<const float*>(plan.input), static_cast<std::size_t>(plan.k_padded)},
-                 rank, stop, ahead);
+    narrow.template operator()<std::int8_t>();
 }
 
 #if defined(__AMX_BF16__)
@@ -343,10 +350,9 @@ void low_rank(const ProjectPlan& plan, const Task& task, Ahead& ahead, [[maybe_u
   if (!plan.delta) return;
   float* to = plan.delta + static_cast<std::size_t>(task.row) * plan.out_features + use.first;
   const int count = use.size / kBlock, rest = use.size % kBlock;
-  if (use.dtype == DType::bfloat16)
-    expand_blocks<bf16, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, &ahead);
-  else
-    expand_blocks<float, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, &ahead);
+  with_rows(use.dtype, [&]<class T>() {
+    expand_blocks<T, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, &ahead);
+  });
 }
 
 }  // namespace

@@ -54,6 +54,9 @@ CHILIAD_INLINE void vstore(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, vm
 CHILIAD_INLINE Vec vload(const std::int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+CHILIAD_INLINE Vec vload(const std::int8_t* p, int n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(vmask(n), p)));
+}
 CHILIAD_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 CHILIAD_INLINE Vec vmax(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 CHILIAD_INLINE Vec vmin(Vec a, Vec b) { return _mm512_min_ps(a, b); }
@@ -103,6 +106,11 @@ CHILIAD_INLINE void vstore(float* p, Vec x, int n) { _mm256_maskstore_ps(p, vmas
 CHILIAD_INLINE Vec vload(const std::int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+CHILIAD_INLINE Vec vload(const std::int8_t* p, int n) {
+  alignas(8) std::int8_t copy[8] = {};
+  for (int i = 0; i < n; ++i) copy[i] = p[i];
+  return vload(copy);
+}
 CHILIAD_INLINE Vec vfma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 CHILIAD_INLINE Vec vmax(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 CHILIAD_INLINE Vec vmin(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -132,6 +140,9 @@ CHILIAD_INLINE Vec vload(const float* p) {
   return x;
 }
 CHILIAD_INLINE Vec vload(const bf16* p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+CHILIAD_INLINE Vec vload(const std::int8_t* p) {
+  return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+}
 template <class T>
 CHILIAD_INLINE Vec vload(const T* p, int n) {
   T copy[4] = {};
@@ -141,9 +152,6 @@ CHILIAD_INLINE Vec vload(const T* p, int n) {
 CHILIAD_INLINE void vstore(float* p, Vec x) { std::memcpy(p, &x, 16); }
 CHILIAD_INLINE void vstore(float* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) p[i] = x[i];
-}
-CHILIAD_INLINE Vec vload(const std::int8_t* p) {
-  return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
 }
 CHILIAD_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 CHILIAD_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
