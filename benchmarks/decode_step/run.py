@@ -1,0 +1,196 @@
+"""What does a decode step of 32 rows cost, and for what? Ranks, residents, Python, long contexts.
+
+python benchmarks/decode_step/run.py
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Drive, Report, adapter_bytes, arguments, drive, kv_bytes, median, say, scratch
+
+from chiliad.core import AdapterVersion
+from chiliad.kernels import cpu
+
+ROWS, PROMPT = 32, 64
+MIXES = {  # rank -> rows with an adapter of their own
+    "8": {8: 32},
+    "8, 16, 32, 64": {8: 8, 16: 8, 32: 8, 64: 8},
+    "31 of 8, one of 64": {8: 31, 64: 1},
+}
+
+Adapters = list[AdapterVersion | None]
+
+
+def step_seconds(driver: Drive, rows: Adapters, prompt: int, steps: int) -> list[float]:
+    """Times of the decode steps of one batch, a row for each adapter, all at `prompt` tokens and more."""
+    for adapter in rows:
+        driver.submit(adapter, prompt, steps)
+    times: list[float] = []
+    while not driver.engine.idle:
+        before = driver.engine.metrics.prompt_tokens, driver.engine.metrics.generation_tokens
+        began = time.perf_counter()
+        driver.step()
+        seconds = time.perf_counter() - began
+        metrics = driver.engine.metrics
+        decoded = metrics.generation_tokens - before[1]
+        if decoded == len(rows) and metrics.prompt_tokens == before[0]:
+            times.append(seconds)
+    driver.timings.clear()
+    return times[1:]  # the first decode step may finish a prompt
+
+
+def interleaved(cases: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, float]:
+    """Median seconds of a step by case; every round runs every case, in an order of its own."""
+    for call in cases.values():
+        call()
+    medians: dict[str, list[float]] = {name: [] for name in cases}
+    for i in range(rounds):
+        for name in random.Random(i).sample(sorted(cases), len(cases)):
+            medians[name].append(median(cases[name]()))
+    return {name: median(values) for name, values in medians.items()}
+
+
+@contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """Seconds inside the C++ core, added up in the one item of the list."""
+    total, core = [0.0], cpu._core
+
+    class Timed:
+        def __getattr__(self, name: str) -> Any:
+            thing = getattr(core, name)
+            if isinstance(thing, type) or not callable(thing):
+                return thing
+
+            def call(*args: Any) -> Any:
+                began = time.perf_counter()
+                try:
+                    return thing(*args)
+                finally:
+                    total[0] += time.perf_counter() - began
+
+            setattr(self, name, call)
+            return call
+
+    cpu._core = Timed()
+    try:
+        yield total
+    finally:
+        cpu._core = core
+
+
+def python_share(driver: Drive, rows: Adapters, steps: int) -> float:
+    """The part of a decode step that is not inside the C++ core."""
+    with stopwatch() as core:
+        for adapter in rows:
+            driver.submit(adapter, PROMPT, steps)
+        shares: list[float] = []
+        while not driver.engine.idle:
+            before, began = core[0], time.perf_counter()
+            driver.engine.step()
+            seconds = time.perf_counter() - began
+            shares.append(1 - (core[0] - before) / seconds)
+            driver.step(0)  # events are read, another step goes by
+        driver.timings.clear()
+    return median(shares[len(shares) // 4 :])
+
+
+def main() -> None:
+    args = arguments(
+        __doc__, quick={"rounds": 1, "context": 512, "residents": 20}, rounds=7, context=4096, residents=200
+    )
+    report = Report("What does a decode step of 32 rows cost, and for what?", args)
+    memory = lambda model: int(3e9)  # noqa: E731
+    with scratch(args) as root, drive(args, memory) as driver:
+        model, kernels = driver.engine.model, driver.engine.kernels
+        read, multiply = kernels.read_bandwidth(), kernels.multiply_rate(args.dtype)
+        ranks = sorted({rank for mix in MIXES.values() for rank in mix})
+        made = {
+            rank: driver.add(root / f"r{rank}", 32, rank, linked=True, prefix=f"r{rank}-") for rank in ranks
+        }
+        driver.touch([a for adapters in made.values() for a in adapters])
+
+        def batch(rows: Adapters) -> Callable[[], list[float]]:
+            return lambda: step_seconds(driver, rows, PROMPT, 24)
+
+        base: Adapters = [None] * ROWS
+        mixes: dict[str, Adapters] = {
+            name: [a for rank, count in mix.items() for a in made[rank][:count]]
+            for name, mix in MIXES.items()
+        }
+        cases = {"base": batch(base)} | {name: batch(rows) for name, rows in mixes.items()}
+        seconds = interleaved(cases, args.rounds)
+        nbytes = {
+            name: sum(adapter_bytes(model, rank) * count for rank, count in mix.items())
+            for name, mix in MIXES.items()
+        }
+        beyond = {name: seconds[name] - seconds["base"] for name in mixes}
+        rate = sum(beyond.values()) / sum(nbytes.values())  # seconds per byte, over all mixes
+        for name in mixes:
+            ratio = beyond[name] / (rate * nbytes[name])
+            report.target(f"ranks {name}: time beyond the base / its share by bytes", abs(ratio - 1), 0.15)
+            say(
+                f"  {1e3 * seconds[name]:.2f} ms, base {1e3 * seconds['base']:.2f}; {nbytes[name] / 1e6:.0f} MB"
+            )
+        report.result["ranks"] = {
+            "step_seconds": seconds,
+            "rank_bytes": nbytes,
+            "beyond_base_seconds": beyond,
+            "bytes_per_second": 1 / rate,
+            "read_bytes_per_second": read,
+        }
+        report.result["python_share"] = {
+            "base": python_share(driver, base, 48), "32 adapters": python_share(driver, mixes["8"], 48)
+        }  # fmt: skip
+        for name, share in report.result["python_share"].items():
+            report.target(f"outside the C++ core, of a step ({name})", share, 0.10)
+        about = driver.about
+
+        # decoding at a long context: weights and KV cache, once per step
+        rows = 8
+        tokens = args.context + 12
+        long = interleaved(
+            {"8 rows": lambda: step_seconds(driver, [None] * rows, args.context, 24)},
+            max(1, args.rounds // 3),
+        )["8 rows"]
+        read = max(read, kernels.read_bandwidth())
+        floor = (model.nbytes - embedding_bytes(model) + rows * kv_bytes(model, tokens)) / read
+        report.result["long_context"] = {
+            "rows": rows, "context": args.context, "step_seconds": long, "floor_seconds": floor,
+            "kv_bytes": rows * kv_bytes(model, tokens), "read_bytes_per_second": read,
+            "multiply_flops_per_second": multiply,
+        }  # fmt: skip
+        report.target(f"8 rows at {args.context} tokens: step / floor of its bytes", long / floor, 1.5)
+        driver.check_empty()
+
+    # base rows, with and without adapters in the pool: two engines, in turn
+    with scratch(args) as root, drive(args, memory) as empty, drive(args, memory) as full:
+        full.touch(full.add(root / "residents", args.residents, 16, linked=True))
+        seconds = interleaved(
+            {
+                "none resident": lambda: step_seconds(empty, base, PROMPT, 24),
+                f"{args.residents} resident": lambda: step_seconds(full, base, PROMPT, 24),
+            },
+            args.rounds,
+        )
+        with_them, without = seconds[f"{args.residents} resident"], seconds["none resident"]
+        report.result["base_rows"] = seconds
+        report.target("base rows beside resident adapters / without", with_them / without, 1.03)
+    report.write(about)
+
+
+def embedding_bytes(model: Any) -> int:
+    """The embedding table, of which a step reads a few rows only."""
+    return 2 * model.arch.vocab * model.arch.hidden
+
+
+if __name__ == "__main__":
+    main()
