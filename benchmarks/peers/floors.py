@@ -57,9 +57,13 @@ def floor(case: Case, model: Model, work: Path, read: float, multiply: float) ->
     linear = 2.0 * (tokens * model.linear + case.prompt * adapter_parameters + case.rows * model.head)
     attention = 2.0 * case.rows * model.layers * model.attention * case.prompt * (case.prompt + 1)
     result = {"step_bytes": step_bytes, "prefill_flops_linear": linear, "prefill_flops_attention": attention}
+    prefill = (linear + attention) / multiply
     if case.prefill:
-        return result | {"seconds": (linear + attention) / multiply}
+        return result | {"seconds": prefill, "roofline_seconds": prefill}
+    step_flops = 2.0 * (case.rows * (model.linear + model.head) + adapter_parameters)
+    step = max(step_bytes / read, step_flops / multiply)
     return result | {
-        "seconds": case.output * step_bytes / read,  # the prefill counts as one step
-        "seconds_with_prefill_flops": (case.output - 1) * step_bytes / read + (linear + attention) / multiply,
+        "step_flops": step_flops,
+        "seconds": case.output * step_bytes / read,  # bytes alone; the prefill counts as one step
+        "roofline_seconds": prefill + (case.output - 1) * step,  # bytes or flops, whichever takes longer
     }

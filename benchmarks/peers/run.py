@@ -155,10 +155,12 @@ def summarize(
         }
     if lowest is not None:
         summary["floor"] = lowest | {"rate": round(count / lowest["seconds"], 1)}
-        summary["of_floor"] = {
-            s: round(lowest["seconds"] / t, 3) for s, t in median.items()
-            if not s.endswith(("int8", "int4", "Q4_1"))
-        }  # fmt: skip
+        for share, seconds in (("of_floor", lowest["seconds"]), ("of_roofline", lowest["roofline_seconds"])):
+            summary[share] = {
+                s: round(seconds / t, 3)
+                for s, t in median.items()
+                if not s.endswith(("int8", "int4", "Q4_1"))
+            }
     return summary
 
 
@@ -203,10 +205,10 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{name}: {case['rows']} x {case['prompt']}/{case['output']}, {case['unit']}")
         for system, rate in case["rate"].items():
             over = case.get("chiliad_over", {}).get(system)
-            share = case.get("of_floor", {}).get(system)
+            share, roofline = (case.get(key, {}).get(system) for key in ("of_floor", "of_roofline"))
             lines.append(
                 f"  {system:16}{rate:10.1f}"
-                + (f"{share:8.1%} of the floor" if share else " " * 21)
+                + (f"{share:8.1%} of the floor, {roofline:6.1%} of the roofline" if share else " " * 44)
                 + (f"   chiliad {over:.2f}x" if over else "")
                 + ("   (scaled)" if system in case["scaled"] else "")
             )
