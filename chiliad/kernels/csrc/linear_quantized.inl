@@ -178,17 +178,21 @@ struct Int8Levels {
   }
 };
 
+// Lines [first, last) of every group, this far ahead in memory, are fetched during a pass.
+struct Fetch {
+  std::ptrdiff_t ahead;
+  int first, last;
+};
+
 // c[R][32] = a[R][K] * panel. Rows of c are kStride apart.
-template <class Levels, bool Minimum, bool Fetch, int R>
-void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, int k_padded, float* c) {
+template <class Levels, bool Minimum, int R>
+void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, int k_padded, const Fetch& fetch, float* c) {
   constexpr int kTile = Levels::kLoads * 64, kBytes = 2 * kTile + (Minimum ? 128 : 64);
-  constexpr int kAhead = 3072;  // bytes
   const Levels levels;
   for (int k = 0; k < k_padded; k += 32, a += 1024, sums += kRowTile, panel += kBytes) {
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    if (Fetch)
-      for (int line = 0; line < kBytes; line += 64) _mm_prefetch(panel + kAhead + line, _MM_HINT_T0);
+    for (int line = fetch.first; line < fetch.last; ++line) _mm_prefetch(panel + fetch.ahead + line * 64, _MM_HINT_T0);
     auto pair = [&]<int S>(const __m512i& v0, const __m512i& v1, const std::byte* at) {
       const __m512bh w0 = levels.template get<S>(v0), w1 = levels.template get<S>(v1);
       for (int r = 0; r < R; ++r) {
@@ -222,30 +226,34 @@ void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, 
   }
 }
 
+// c[rows][32] = up to 32 rows of two input tiles * panel. One pass alone fetches what comes a little
+// later; several share the next panel, each as much as its part of the rows, so that memory is
+// asked evenly.
 template <class Levels, bool Minimum>
-void gemm_levels_tile(const std::byte* tile, const float* sums, const std::byte* panel, int k_padded, int rows, bool fetch, float* c) {
-  auto pass = [&]<int R>(int r) {
-    if (fetch && r == 0)
-      gemm_levels<Levels, Minimum, true, R>(tile, sums, panel, k_padded, c);
-    else
-      gemm_levels<Levels, Minimum, false, R>(tile + r * 64, sums + r, panel, k_padded, c + r * kStride);
-  };
-  int r = 0;
-  for (; r + 8 <= rows; r += 8) pass.template operator()<8>(r);
-  if (r + 4 <= rows) pass.template operator()<4>(r), r += 4;
-  if (r + 2 <= rows) pass.template operator()<2>(r), r += 2;
-  if (r < rows) pass.template operator()<1>(r);
+void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const std::byte* panel, int rows, bool fetch, float* c) {
+  constexpr int kMost = 8, kLines = 2 * Levels::kLoads + (Minimum ? 2 : 1);
+  constexpr std::ptrdiff_t kNear = 16384;  // bytes, measured: 8 to 24 KB are equal, 3 KB take 10 to 20 % longer
+  const auto ahead = rows > kMost ? static_cast<std::ptrdiff_t>(plan.panel_bytes) : kNear;
+  for (int r = 0; r < rows;) {
+    const std::byte* tile = tiles[r / kRowTile];
+    const int row = r % kRowTile;
+    auto pass = [&]<int R>() {
+      const Fetch lines{ahead, fetch ? kLines * r / rows : 0, fetch ? kLines * (r + R) / rows : 0};
+      gemm_levels<Levels, Minimum, R>(tile + row * 64, reinterpret_cast<const float*>(tile + plan.sums_at) + row, panel,
+                                      plan.k_padded, lines, c + r * kStride);
+      r += R;
+    };
+    const int left = rows - r;
+    if (left >= 8) pass.template operator()<8>();
+    else if (left >= 4) pass.template operator()<4>();
+    else if (left >= 2) pass.template operator()<2>();
+    else pass.template operator()<1>();
+  }
 }
 
-// c[rows][32] for up to 32 rows: tiles (tiles[0], tiles[1]) * panel.
 void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const std::byte* panel, int rows, bool fetch, float* c) {
-  for (int first = 0; first < rows; first += kRowTile) {
-    const std::byte* tile = tiles[first / kRowTile];
-    const auto* sums = reinterpret_cast<const float*>(tile + plan.sums_at);
-    const int count = rows - first < kRowTile ? rows - first : kRowTile;
-    auto* call = plan.dtype == DType::int4 ? gemm_levels_tile<Int4Levels, true> : gemm_levels_tile<Int8Levels, false>;
-    call(tile, sums, panel, plan.k_padded, count, fetch && first == 0, c + first * kStride);
-  }
+  auto* call = plan.dtype == DType::int4 ? gemm_levels<Int4Levels, true> : gemm_levels<Int8Levels, false>;
+  call(plan, tiles, panel, rows, fetch, c);
 }
 
 #endif
