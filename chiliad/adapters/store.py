@@ -44,8 +44,8 @@ _ROOM = 2**26  # bytes of file contents for which a loader thread keeps its buff
 class AdapterStore(Residents):
     """Residency of adapters and the bytes behind it: reads, checks, lowers and packs their files.
 
-    dtype: float32, bfloat16 or int8 (a scale for each row), of the stored rows. on_ready is called on a loader thread when
-    `poll` has something to do.
+    dtype: float32, bfloat16 or int8 (with a scale for each row), of the stored rows. on_ready is
+    called on a loader thread when `poll` has something to do.
     """
 
     def __init__(
