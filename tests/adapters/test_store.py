@@ -16,12 +16,13 @@ import torch
 from bad_adapters import make_bad_adapters
 
 from chiliad.adapters import peft
+from chiliad.adapters.base import LowRank
 from chiliad.adapters.registry import Registry
 from chiliad.adapters.store import AdapterStore
 from chiliad.core import AdapterUse, AdapterVersion
 from chiliad.errors import AdapterError, AdapterTooLarge, InvalidAdapter, OutOfMemory
 from chiliad.kernels.base import KVLayout, LinearSpec, Segment, Step
-from chiliad.kernels.reference import ReferenceKernels
+from chiliad.kernels.reference import ReferenceKernels, int8_rows
 from chiliad.memory.arena import Arena
 from chiliad.memory.pool import Owner, PagePool
 from chiliad.testing import FakeClock, base_info, tiny_config, write_random_adapter
@@ -100,6 +101,10 @@ def house(tmp_path: Path) -> Any:
     assert house.pool.free_pages == house.pool.num_pages
 
 
+def pair_of(pair: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    return pair.a, pair.b
+
+
 def expected(version: AdapterVersion, slot: int = 0) -> torch.Tensor:
     lowered, _ = peft.read(version.path, BASE)
     pair = lowered.low_rank[slot]
@@ -130,7 +135,7 @@ def test_load_use_evict_reload(house: House) -> None:
     assert store.status(version)["loads"] == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("saved", ["float32", "float16", "bfloat16"])
 def test_every_row_is_where_it_should_be(dtype: torch.dtype, saved: Any, tmp_path: Path) -> None:
     house = House(tmp_path, dtype=dtype)
@@ -148,17 +153,48 @@ def test_every_row_is_where_it_should_be(dtype: torch.dtype, saved: Any, tmp_pat
     owned = set(house.store.held()[0].tolist())
     for slot, pair in lowered.low_rank.items():
         places = rows.low_rank[slot]
-        assert (places.scale == 1).all()
-        for offsets, tensor in ((places.a, pair.a), (places.b, pair.b)):
+        # int8: the largest value of a row becomes 127, the others the nearest whole number
+        units = [
+            t.float().abs().amax(1) / 127 if dtype == torch.int8 else torch.ones(len(t))
+            for t in pair_of(pair)
+        ]
+        torch.testing.assert_close(torch.from_numpy(places.scale), units[0] * units[1], rtol=1e-6, atol=0)
+        for offsets, tensor, unit in zip((places.a, places.b), pair_of(pair), units, strict=True):
             assert len(offsets) == len(tensor)
             nbytes = tensor.shape[1] * dtype.itemsize
-            for offset, row in zip(offsets.tolist(), tensor, strict=True):
+            for offset, row, one in zip(offsets.tolist(), tensor, unit, strict=True):
                 assert offset % 64 == 0
                 assert offset // PAGE == (offset + nbytes - 1) // PAGE
                 assert offset // PAGE in owned
                 stored = house.arena.view(offset, (tensor.shape[1],), dtype)
-                assert torch.equal(stored, row.to(dtype))
+                if dtype == torch.int8:
+                    assert (stored.float() - row.float() / one).abs().max() <= 0.5 + 1e-4
+                    assert stored.abs().max() == 127
+                else:
+                    assert torch.equal(stored, row.to(dtype))
     house.store.close()
+
+
+def test_int8_rows_take_half_the_pages_of_bfloat16_and_compose(tmp_path: Path) -> None:
+    narrow = House(tmp_path / "int8", dtype=torch.int8)
+    wide = House(tmp_path / "bfloat16", dtype=torch.bfloat16)
+    for house in (narrow, wide):
+        house.load(house.adapter("one", 64, seed=1), house.adapter("two", 32, seed=2))
+    pages, usual = narrow.pool.usage()["adapter"], wide.pool.usage()["adapter"]
+    assert pages <= usual / 2 + 2
+    one, two = (narrow.registry.resolve(name) for name in ("one", "two"))
+    assert narrow.store.status(one)["bytes"] == narrow.store.pages_needed(one) * PAGE
+    want = 0.5 * expected(one) - 2.0 * expected(two)
+    error = narrow.delta(AdapterUse(one, 0.5), AdapterUse(two, -2.0)) - want
+    assert error.abs().max() < 0.02 * want.abs().max()
+    for house in (narrow, wide):
+        house.store.close()
+
+
+def test_a_row_of_zeros_stays_zero_in_int8() -> None:
+    stored, scale = int8_rows(torch.tensor([[0.0, 0.0], [-2.0, 1.0]]))
+    assert stored.tolist() == [[0, 0], [-127, 64]]  # 63.5 to even
+    assert scale.isfinite().all()
 
 
 def test_one_load_however_many_ask(house: House) -> None:

@@ -70,6 +70,27 @@ def test_mixed_batch_equals_solo(make_llm: MakeLLM) -> None:
         assert output.choices[0].token_ids == solo(alone, prompt, name), name
 
 
+def test_mixed_batch_equals_solo_with_int8_rows(make_llm: MakeLLM) -> None:
+    names = [None, *ADAPTERS, "r8-qv"]
+    texts = prompts(len(names))
+    llm = make_llm(adapter_dtype="int8")
+    mixed = llm.generate(texts, GREEDY, names)
+    for prompt, name, output in zip(texts, names, mixed, strict=True):
+        assert output.choices[0].token_ids == solo(llm, prompt, name), name
+    usual = make_llm()
+    nbytes = [
+        each.engine.store.pages_needed(each.registry.resolve("r64-all")) * each.engine.layout.page_bytes
+        for each in (llm, usual)
+    ]
+    assert nbytes[0] < 0.3 * nbytes[1]  # of float32
+    assert llm.engine.store.status(llm.registry.resolve("r64-all"))["bytes"] == nbytes[0]
+
+
+def test_an_adapter_dtype_that_is_none_is_refused(make_llm: MakeLLM) -> None:
+    with pytest.raises(InvalidConfig, match="adapter_dtype is one of float32, bfloat16, int8, not 'int4'"):
+        make_llm(adapter_dtype="int4")
+
+
 def test_adapters_change_the_answer(make_llm: MakeLLM) -> None:
     llm = make_llm()
     prompt = prompts(1)[0]
