@@ -91,9 +91,14 @@ def project_rows(
 
 @pytest.mark.parametrize(
     ("dtype", "stored"),
-    [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
-    + [("int8", torch.bfloat16), ("int4", torch.bfloat16)]
-    + [("float32", torch.int8), ("bfloat16", torch.int8)],
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("int8", torch.bfloat16),
+        ("int4", torch.bfloat16),
+        ("float32", torch.int8),
+        ("bfloat16", torch.int8),
+    ],
 )
 @pytest.mark.parametrize("activation", [None, "silu_mul"])
 def test_rows_do_not_depend_on_their_neighbours(
