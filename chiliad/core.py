@@ -99,16 +99,21 @@ class SamplingParams:
             if value is not None and not (least <= value <= most and value < inf):  # NaN is in no range
                 limits = f"at least {least}" if most == inf else f"between {least} and {most}"
                 raise InvalidRequest(f"{name} must be {limits}, not {value}", param=name)
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                raise InvalidRequest(f"{name} must be above 0", param=name)
+        if self.top_p == 0:
+            raise InvalidRequest("top_p must be above 0", param="top_p")
+        for token, bias in self.logit_bias.items():
+            if not -100 <= bias <= 100:
+                raise InvalidRequest(
+                    f"logit_bias of token {token} must be between -100 and 100, not {bias}",
+                    param="logit_bias",
+                )
 
 
 #: Fields of SamplingParams with their least and greatest values.
 _RANGES: tuple[tuple[str, float, float], ...] = (
     *(("n", 1, inf), ("max_tokens", 1, inf), ("min_tokens", 0, inf)),
     *(("temperature", 0, inf), ("top_p", 0, 1), ("top_k", 0, inf), ("min_p", 0, 1)),
-    *(("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0, inf)),
+    *(("presence_penalty", -2, 2), ("frequency_penalty", -2, 2), ("repetition_penalty", 0.01, 100)),
     *(("logprobs", 0, inf), ("prompt_logprobs", 0, inf)),
 )
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from chiliad.core import BaseInfo, Site
+from chiliad.errors import InvalidConfig
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -332,7 +333,10 @@ def write_random_adapter(
         shapes.append((f"{prefix}.lora_A.weight", (r, site.in_features), 1 / math.sqrt(site.in_features)))
         shapes.append((f"{prefix}.lora_B.weight", (site.out_features, r), std / (2 * math.sqrt(r))))
     if not shapes:
-        raise ValueError(f"targets {targets} name no projection of {base.name}")
+        known = sorted({site.name.rpartition(".")[2] for site in base.sites})
+        raise InvalidConfig(
+            f"targets {targets} name no projection of {base.name}, which has {', '.join(known)}"
+        )
     _write_random_tensors(folder / "adapter_model.safetensors", shapes, seed, dtype)
     _write_json(folder / "adapter_config.json", config)
     return folder

@@ -533,9 +533,8 @@ class Registry:
             self._lock.release()
 
     def _not_found(self, name: str) -> ModelNotFound:
-        return ModelNotFound(
-            f"there is no model or adapter {name[:140]!a}: GET /v1/models lists what is served", param="model"
-        )
+        where = "GET /v1/models lists what is served" if self.base else "`chiliad adapters ls` lists them"
+        return ModelNotFound(f"there is no model or adapter {name[:140]!a}: {where}", param="model")
 
 
 def _close(connections: list[sqlite3.Connection]) -> None:

@@ -446,10 +446,11 @@ def test_a_long_list_of_prompts_is_no_overload(make_llm: MakeLLM) -> None:
         ("n", 0), ("max_tokens", 0), ("min_tokens", -1), ("temperature", -0.1), ("temperature", float("nan")),
         ("temperature", float("inf")), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("min_p", 2.0),
         ("presence_penalty", 3.0), ("frequency_penalty", float("nan")), ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-320), ("logit_bias", {5: float("inf")}), ("logit_bias", {5: float("nan")}),
         ("logprobs", -1), ("prompt_logprobs", -1),
     ],
 )  # fmt: skip
-def test_sampling_parameters_out_of_range(field: str, value: float) -> None:
+def test_sampling_parameters_out_of_range(field: str, value: object) -> None:
     with pytest.raises(InvalidRequest, match=field) as caught:
         SamplingParams(**{field: value})  # type: ignore[arg-type]
     assert caught.value.param == field

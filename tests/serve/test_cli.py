@@ -189,6 +189,7 @@ def test_bench_offline(run: Run, model_folder: Path) -> None:
         ("info", "/nowhere/model.gguf"),
         ("generate", "{model}", "hi", "--adapter", "nobody", *SMALL),
         ("generate", "{model}", "hi", "--memory", "1MB"),
+        ("bench", "offline", "{model}", "--num-adapters", "1", "--targets", "nothing", *SMALL),
         ("generate", "{model}", "hi", "--max-model-len", "1000000", *SMALL),
         ("nonsense",),
         ("serve",),
