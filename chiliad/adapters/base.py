@@ -75,6 +75,9 @@ class AdapterFormat(Protocol):
 
     peft_type: ClassVar[str]  # the value of adapter_config.json's "peft_type"
 
+    def check(self, config: Mapping[str, object]) -> None:
+        """Refuse what no base could honour. Raises InvalidAdapter, naming the field."""
+
     def plan(
         self, config: Mapping[str, object], header: Mapping[str, TensorHeader], base: BaseInfo
     ) -> AdapterPlan:

@@ -91,6 +91,9 @@ class LoraFormat:
 
     peft_type: ClassVar[str] = "LORA"
 
+    def check(self, config: Mapping[str, object]) -> None:
+        _Config(config)
+
     def plan(
         self, config: Mapping[str, object], header: Mapping[str, TensorHeader], base: BaseInfo
     ) -> AdapterPlan:

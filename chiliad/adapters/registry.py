@@ -163,7 +163,10 @@ class Registry:
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._migrate()
         except (sqlite3.Error, OSError) as error:
-            raise InvalidConfig(f"cannot open the adapter registry at {path}: {error}") from error
+            raise InvalidConfig(
+                f"cannot open the adapter registry at {path} ({error}): set CHILIAD_HOME to a folder that can be "
+                "written"
+            ) from error
 
     def close(self) -> None:
         with self._lock:
@@ -467,7 +470,9 @@ class Registry:
     def _plan(self, header: peft.Header) -> AdapterPlan:
         if self.base is not None:
             return peft.plan(header, self.base, self._limits)
-        return AdapterPlan(peft.adapter_format(header.config).peft_type.lower(), {})
+        method = peft.adapter_format(header.config)
+        method.check(header.config)
+        return AdapterPlan(method.peft_type.lower(), {})
 
     def _insert(self, row: _Row) -> AdapterVersion:
         """Make `row` the newest version of its name, unless it already is. Inside a transaction.

@@ -151,7 +151,7 @@ def adapters_check(paths: tuple[Path, ...], model: str | None, output: str) -> N
         try:
             if base is None:
                 header = peft.read_header(path)
-                peft.adapter_format(header.config)
+                peft.adapter_format(header.config).check(header.config)
                 with peft.PeftFolder(path) as folder:
                     folder.tensors()
                 fits = "sound; --model MODEL would check that it fits a base"

@@ -7,8 +7,8 @@ then the process exits with status 0. A second signal ends it at once.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
-import os
 import signal
 import socket
 from types import FrameType
@@ -92,10 +92,11 @@ def bind(config: ServerConfig) -> socket.socket:
         sock.bind((config.host, config.port))
     except OSError as error:
         sock.close()
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        option = "--port" if taken else "--host"
         raise InvalidConfig(
-            f"cannot listen on {config.host} port {config.port} ({reason}): choose another with --port",
-            param="port",
+            f"cannot listen on {config.host} port {config.port} ({error.strerror}): choose another with {option}",
+            param=option.removeprefix("--"),
         ) from None
     sock.set_inheritable(True)
     return sock

@@ -186,15 +186,18 @@ def test_registered_without_a_base_and_checked_by_the_server(folder: Path, tmp_p
     offline = Registry(path)
     offline.add(folder, "tone")
     dora = write_random_adapter(tmp_path / "dora", BASE, 2, config_overrides={"use_dora": True})
-    offline.add(dora, "dora")
+    with pytest.raises(InvalidAdapter, match="use_dora"):
+        offline.add(dora, "dora")  # whatever the base
+    deeper = base_info({**SMOLLM2, "num_hidden_layers": 3}, "smol")
+    offline.add(write_random_adapter(tmp_path / "deeper", deeper, 2), "deeper")
     offline.add(write_random_adapter(tmp_path / "moved", BASE, 2), "moved")
     write_random_adapter(tmp_path / "moved", BASE, 2, seed=5)
     server = Registry(path, BASE)
     assert server.resolve("tone").ranks[0] == 4
     assert (server.entry("tone").base_name, server.entry("tone").max_rank) == ("smol", 4)
     assert server.resolve("tone").version == 1
-    with pytest.raises(InvalidAdapter, match="use_dora"):
-        server.resolve("dora")
+    with pytest.raises(AdapterError, match=r"layers\.2"):
+        server.resolve("deeper")
     with pytest.raises(AdapterError, match="changed after"):
         server.resolve("moved")
     assert offline.resolve("tone") == server.resolve("tone")

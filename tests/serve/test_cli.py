@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,14 @@ def test_adapters(run: Run, adapters: Path) -> None:
 def test_adapters_check(run: Run, adapters: Path, model_folder: Path) -> None:
     assert run("adapters", "check", adapters / "red", adapters / "blue") == 0
     assert run.out.count("ok") == 2
+    config = json.loads((adapters / "red" / "adapter_config.json").read_text())
+    (adapters / "dora").mkdir()
+    (adapters / "dora" / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    shutil.copy(adapters / "red" / "adapter_model.safetensors", adapters / "dora")
+    assert run("adapters", "check", adapters / "dora") == 2
+    assert "use_dora" in run.out
+    assert run("adapters", "add", adapters / "dora") == 2
+    assert "use_dora" in run.err
     (adapters / "blue" / "adapter_model.safetensors").write_bytes(b"x" * 100)
     assert (
         run("adapters", "check", adapters / "red", adapters / "blue", "--model", model_folder, "-o", "json")
