@@ -123,6 +123,7 @@ class EngineConfig:
     """Everything `LLM` and `chiliad serve` need beyond the model reference."""
 
     memory: int = 4 * 10**9  # bytes: weights plus pool
+    swap: int = 0  # bytes beyond `memory` for the KV of preempted sequences; 0: compute it again
     dtype: DType = "bfloat16"
     max_model_len: int | None = None  # None: what the model was trained for
     kernel: KernelConfig = field(default_factory=KernelConfig)

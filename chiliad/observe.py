@@ -63,6 +63,7 @@ class EngineMetrics:
     prompt_tokens: int = 0  # prompt tokens computed; a preempted sequence computes some twice
     generation_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0  # preemptions that kept their KV in swap
     prefix_queries: int = 0  # tokens looked up in the prefix cache
     prefix_hits: int = 0  # tokens found there
     adapter_hits: int = 0  # a sequence started and its adapter was resident

@@ -134,6 +134,7 @@ def engine_config(options: dict[str, Any], **scheduler: Any) -> EngineConfig:
         kernel=KernelConfig(options["kernels"], options["isa"], options["threads"]),
         scheduler=SchedulerConfig(**scheduler),
         adapter_share=options.get("adapter_share"),
+        swap=options.get("swap", 0),
     )
 
 

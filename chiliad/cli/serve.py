@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from chiliad.cli.options import (
+    Bytes,
     engine_config,
     engine_options,
     folders_option,
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=0),
     default=30.0,
     help="Seconds that running requests get after SIGTERM.",
+)
+@click.option(
+    "--swap",
+    type=Bytes(),
+    default="0",
+    help="Memory beyond --memory, where preempted requests keep their KV cache; 0: compute it again.",
 )
 @click.option("--max-sequences", type=click.IntRange(min=1), default=256, help="Sequences that run at once.")
 @click.option("--max-step-tokens", type=click.IntRange(min=16), default=512, help="Token budget of one step.")

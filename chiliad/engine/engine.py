@@ -50,6 +50,7 @@ from chiliad.errors import (
 from chiliad.memory.arena import Arena
 from chiliad.memory.kv import kv_layout
 from chiliad.memory.pool import PagePool
+from chiliad.memory.swap import SwapSpace
 from chiliad.observe import EngineMetrics, EngineStats
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Engine:
             on_ready=self._wake.set,
             metrics=self.metrics,
         )
+        pages = self.arena.buffer.view(num_pages, self.layout.page_bytes).numpy()
         self.scheduler = Scheduler(
             config.scheduler,
             pool=self.pool,
@@ -136,6 +138,7 @@ class Engine:
             block_tokens=self.layout.block_tokens,
             max_model_len=self.max_model_len,
             metrics=self.metrics,
+            swap=SwapSpace(pages, arch.layers, config.swap) if config.swap else None,
         )
         self._runner = Runner(model, kernels, self.store.rows)
         self._sink = sink

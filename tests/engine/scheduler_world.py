@@ -12,6 +12,7 @@ from chiliad.engine.policy import FirstCome
 from chiliad.engine.scheduler import Scheduler, Sequence
 from chiliad.errors import AdapterTooLarge, InvalidAdapter
 from chiliad.memory.pool import Owner, PagePool
+from chiliad.memory.swap import SwapSpace
 
 State = Literal["absent", "loading", "resident", "failed"]
 
@@ -128,8 +129,8 @@ def request(
 class World:
     """Scheduler, pool, store and a "model" whose next token is a function of all tokens before it.
 
-    `kv` mirrors the cache: (page, layer 0) -> what was written, so that reading a wrong, stale or
-    foreign page shows up as a wrong context.
+    `kv` mirrors the cache: kv[page, offset] is what was written there, so that reading a wrong, stale
+    or foreign page shows up as a wrong context. Swap copies it as it would copy bytes.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class World:
         max_waiting: int = 64,
         policy: FirstCome | None = None,
         prefix_cache: bool = False,
+        swap_blocks: int = 0,
         adapters: dict[str, int] | None = None,
         broken: frozenset[str] = frozenset(),
         adapter_share: float | None = None,
@@ -155,6 +157,11 @@ class World:
         self.pool = PagePool(num_pages, adapter_share)
         self.store = Store(self.pool, adapters or {}, broken)
         self.num_layers, self.block_tokens = num_layers, block_tokens
+        self.kv = np.empty((num_pages, block_tokens), object)
+        block_bytes = num_layers * self.kv[0].nbytes
+        self.swap = (
+            SwapSpace(self.kv, num_layers, swap_blocks * block_bytes, self.clock) if swap_blocks else None
+        )
         self.scheduler = Scheduler(
             SchedulerConfig(max_step_tokens, max_sequences, max_waiting),
             pool=self.pool,
@@ -164,10 +171,10 @@ class World:
             max_model_len=max_model_len,
             policy=policy,
             prefix_cache=prefix_cache,
+            swap=self.swap,
             clock=self.clock,
         )
         self.instant_loads = instant_loads
-        self.kv: dict[tuple[int, int], tuple[object, ...]] = {}  # (page, offset) -> context written
         self.done: dict[str, list[Sequence]] = {}  # ended by length
         self.failed: dict[str, Exception] = {}
         self.started: list[Sequence] = []  # in order of first admission
@@ -252,6 +259,7 @@ class World:
         while self.store.idle:
             self.store.evict()
         assert self.pool.free_pages == self.pool.num_pages
+        assert self.swap is None or self.swap.used_blocks == 0
 
 
 def next_token(tokens: list[int], sequence: Sequence) -> int:

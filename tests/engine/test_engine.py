@@ -141,7 +141,8 @@ class Driver:
             self.step()
 
 
-def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo) -> None:
+@pytest.mark.parametrize("swap", ["0", "20MB"])
+def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo, swap: str) -> None:
     """64 requests with random arrival, chunked prefill, preemption, and adapters that come and go."""
     folder = tmp_path / "adapters"
     for seed, (name, how) in enumerate(ADAPTERS.items()):
@@ -158,7 +159,8 @@ def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: 
     pages = largest + blocks_for_three
     scheduler = SchedulerConfig(max_step_tokens=40, max_sequences=24)
     aside = probe.model.nbytes + workspace(probe.model.arch, scheduler)
-    llm = make_llm(adapters=folder, memory=aside + pages * layout.page_bytes, scheduler=scheduler)
+    tight = aside + pages * layout.page_bytes
+    llm = make_llm(adapters=folder, memory=tight, swap=swap, scheduler=scheduler)
     driver = Driver(llm)
     waiting = list(range(64))
     replaced, changed = 0, False
@@ -192,6 +194,7 @@ def test_neighbours_do_not_matter(make_llm: MakeLLM, tmp_path: Path, tiny_base: 
             break
     assert llm.engine.idle
     assert llm.engine.metrics.preemptions > 0, "the pool was not tight enough to test preemption"
+    assert bool(llm.engine.metrics.swaps) == (swap != "0")
     assert replaced > 2
     assert driver.ended.keys() == driver.tokens.keys(), "a request without a terminal event"
     for i in range(64):

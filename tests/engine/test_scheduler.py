@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from scheduler_world import World, expected_output, request
 
-from chiliad.core import SequenceState
+from chiliad.core import Request, SequenceState
 from chiliad.engine.scheduler import MAX_OVERTAKEN
 from chiliad.errors import (
     AdapterTooLarge,
@@ -186,6 +188,64 @@ def test_growth_preempts_the_latest_and_it_gives_the_same_tokens() -> None:
     assert all(len(world.done[item.id]) == 1 for item in items)
     assert world.done[items[0].id][0].preemptions == 0
     outputs_are_right(world)
+    world.assert_empty()
+
+
+def crowded(**options: Any) -> tuple[World, list[Request]]:
+    """Four sequences that all run and grow until two of them have to leave."""
+    world = World(num_pages=24, max_sequences=4, **options)
+    items = [request(8, 16) for _ in range(4)]
+    for item in items:
+        world.add(item)
+    world.scheduler._expected = 0.0
+    return world, items
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_swapped_sequences_go_on_where_they_were(prefix_cache: bool) -> None:
+    world, items = crowded(swap_blocks=30, prefix_cache=prefix_cache)
+    computed = 0
+    while world.scheduler.running or len(world.scheduler.waiting):
+        computed += sum(count for _, count in world.step())
+    metrics = world.scheduler.metrics
+    assert metrics.swaps == metrics.preemptions > 0
+    assert computed == 4 * (8 + 16 - 1), "something was computed twice"
+    assert all(len(world.done[item.id]) == 1 for item in items)
+    outputs_are_right(world)
+    world.assert_empty()
+
+
+def test_what_swap_has_no_room_for_is_computed_again() -> None:
+    world, _ = crowded(swap_blocks=1)
+    world.run()
+    assert world.scheduler.metrics.preemptions > 0
+    assert world.scheduler.metrics.swaps == 0
+    outputs_are_right(world)
+    world.assert_empty()
+
+
+def test_the_cheaper_of_swap_and_recompute_is_taken() -> None:
+    for block_seconds, wanted in ((1.0, 0), (1e-6, 1)):
+        world, _ = crowded(swap_blocks=30)
+        assert world.swap is not None
+        world.swap.block_seconds = block_seconds  # a token takes some milliseconds to compute
+        while not world.scheduler.metrics.preemptions:
+            world.step()
+        assert world.scheduler.metrics.swaps == wanted
+        world.run()
+        outputs_are_right(world)
+        world.assert_empty()
+
+
+def test_a_cancelled_sequence_leaves_swap() -> None:
+    world, items = crowded(swap_blocks=30)
+    while not world.scheduler.metrics.swaps:
+        world.step()
+    assert world.swap is not None
+    assert world.swap.used_blocks > 0
+    for item in items:
+        world.scheduler.cancel(item.id)
+    assert world.swap.used_blocks == 0
     world.assert_empty()
 
 

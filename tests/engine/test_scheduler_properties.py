@@ -41,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_sequences=st.integers(1, 8),
         policy=st.sampled_from(POLICIES),
         prefix_cache=st.booleans(),
+        swap_blocks=st.sampled_from([0, 3, 30]),
         share=st.sampled_from([None, None, None, 0.4]),
         hope=st.floats(0, 1),
     )
@@ -51,6 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_sequences: int,
         policy: object,
         prefix_cache: bool,
+        swap_blocks: int,
         share: float | None,
         hope: float,
     ) -> None:
@@ -62,6 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=100,
             policy=policy(),  # type: ignore[operator]
             prefix_cache=prefix_cache,
+            swap_blocks=swap_blocks,
             adapters=ADAPTERS,
             broken=frozenset({"broken"}),
             adapter_share=share,
