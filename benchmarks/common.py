@@ -280,13 +280,27 @@ class Drive:
         return tuple(self.rng.randrange(self.engine.model.arch.vocab) for _ in range(length))
 
     def submit(
-        self, adapter: AdapterVersion | None, prompt: int | Sequence[int], output: int, **more: Any
+        self,
+        adapter: AdapterVersion | None,
+        prompt: int | Sequence[int],
+        output: int,
+        allowed: int = 0,
+        **more: Any,
     ) -> str:
-        """Queue a request for exactly `output` tokens; a number as prompt means that many random ones."""
+        """Queue a request for exactly `output` tokens; a number as prompt means that many random ones.
+
+        allowed: a greater max_tokens, which the scheduler has to reckon with; the answer ends before.
+        """
+        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        if allowed > output:
+            end = min(self.engine.tokenizer.eos_ids)
+            params = SamplingParams(
+                max_tokens=allowed, min_tokens=output - 1, temperature=0.0, logit_bias={end: 100.0}
+            )
         request = Request(
             id=f"r{next(self._ids)}",
             prompt=self.prompt(prompt) if isinstance(prompt, int) else tuple(prompt),
-            params=SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True),
+            params=params,
             adapters=() if adapter is None else (AdapterUse(adapter),),
             arrival=time.monotonic(),
             **more,

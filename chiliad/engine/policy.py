@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Collection, Iterator
-from math import exp
+from math import ceil, exp
 from typing import TYPE_CHECKING
 
 from chiliad.errors import InvalidConfig
@@ -38,6 +39,7 @@ class FirstCome:
 
     name = "fcfs"
     metered = False  # whether `produced` wants to be called
+    slots = 256  # sequences that may run at once; the scheduler says how many
 
     def __init__(self) -> None:
         self._queue: list[tuple[Rank, Sequence]] = []  # sorted
@@ -95,6 +97,24 @@ class FirstCome:
 
     def produced(self, sequence: Sequence, now: float) -> None:
         """A running sequence got one more token (only if `metered`)."""
+
+    def joined(self, sequence: Sequence) -> None:
+        """A sequence begins to run, for the first time or again."""
+
+    def left(self, sequence: Sequence) -> None:
+        """A sequence runs no longer."""
+
+    def entitled(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence may run now if there is room."""
+        return True
+
+    def yields(self, sequence: Sequence) -> bool:
+        """Whether a running sequence's prompt is computed after those of newcomers."""
+        return False
+
+    def victim(self, sequence: Sequence, running: list[Sequence]) -> Sequence | None:
+        """Who of the running gives its place to a waiting sequence. Never the first of them."""
+        return None
 
 
 class Clustered(FirstCome):
@@ -210,9 +230,17 @@ class FairShare(FirstCome):
     Clients are tenants, or adapters with `by="adapter"`. A prompt token costs 1, an output token
     2, an adapter fetched the room it takes in tokens; costs are divided by the client's weight.
     A client that comes back after a pause starts at the least counter among those waiting, so
-    that idleness saves up nothing. Within a client, first come, first served. Bound: while two
-    clients both wait, their counters never drift apart by more than what the batch can hold, so
-    everyone who waits is reached.
+    that idleness saves up nothing. Within a client, first come, first served.
+
+    Counters make service fair over time, but one who floods would still fill the batch, and whoever
+    comes then waits for a place in it, computes beside all its rows, and behind its long prompts. So
+    all clients but the one that was served least are held to their share of the slots, among those
+    who are there; a client that runs nothing takes the place of a sequence beyond a share (of one
+    who was alone before); and prompts of clients that had more are computed after those of
+    newcomers. Slots stay empty for it: the price of low latency.
+
+    Bound: while two clients both wait and may run, their counters never drift apart by more than
+    what the batch can hold, so everyone who waits is reached.
     """
 
     name = "vtc"
@@ -230,11 +258,15 @@ class FairShare(FirstCome):
             raise InvalidConfig("vtc weights must be above 0")
         self.counters: dict[str, float] = {}
         self._queues: dict[str, list[tuple[Rank, Sequence]]] = {}  # never empty ones
-        # One (counter, client) for each client in `_queues`, and some that left; counters may be
-        # outdated (too low) until the entry comes to the top.
-        self._heap: list[tuple[float, str]] = []
+        # One (counter, tie, client) for each client in `_queues`, and some that left; counters may be
+        # outdated (too low) until the entry comes to the top. Of equals who came last goes first: a
+        # newcomer, lifted to the counter of one who has long been there.
+        self._heap: list[tuple[float, int, str]] = []
         self._listed: set[str] = set()  # clients in the heap
         self._last = ""  # the client that left the queue last
+        self._running: Counter[str] = Counter()  # sequences by client; no zeros
+        self._present: Counter[str] = Counter()  # the same of all that run or wait
+        self._poorest = ""  # whose counter is below those of all others present, as of the last look
 
     def client(self, sequence: Sequence) -> str:
         if not self._by_adapter:
@@ -243,9 +275,10 @@ class FairShare(FirstCome):
 
     def push(self, sequence: Sequence, now: float) -> None:
         super().push(sequence, now)
+        client = self.client(sequence)
+        self._present[client] += 1
         if sequence.first_scheduled is not None:
             return
-        client = self.client(sequence)
         queue = self._queues.get(client)
         if queue is None:
             least = self._least()
@@ -254,16 +287,17 @@ class FairShare(FirstCome):
             queue = self._queues[client] = []
             if client not in self._listed:
                 self._listed.add(client)
-                heapq.heappush(self._heap, (counter, client))
-            if len(self.counters) > 2 * len(self._queues) + 1024:
+                heapq.heappush(self._heap, (counter, -sequence.order, client))
+            if len(self.counters) > 2 * len(self._present) + 1024:
                 self._forget(counter)
         insort(queue, (sequence.rank, sequence))
 
     def remove(self, sequence: Sequence) -> None:
         super().remove(sequence)
+        client = self.client(sequence)
+        _decrement(self._present, client)
         if sequence.first_scheduled is not None:
             return
-        client = self.client(sequence)
         queue = self._queues[client]
         del queue[bisect_left(queue, (sequence.rank,))]
         if not queue:
@@ -271,32 +305,75 @@ class FairShare(FirstCome):
             self._last = client
 
     def candidates(self, now: float, running: Collection[object]) -> Iterator[Sequence]:
+        self._look()
         for _, sequence in self._resumed.copy():
             yield sequence
         passed: dict[str, int] = {}  # by client: sequences that the scheduler skipped
-        done: list[str] = []
+        done: list[tuple[float, int, str]] = []
         try:
             while len(done) < _CLIENTS and self._least() is not None:
-                client = self._heap[0][1]
+                client = self._heap[0][2]
                 queue = self._queues[client]
                 at = passed.get(client, 0)
                 if at >= min(len(queue), _SKIPS):
-                    heapq.heappop(self._heap)
-                    done.append(client)
+                    done.append(heapq.heappop(self._heap))
                     continue
                 sequence = queue[at][1]
                 yield sequence
                 if sequence.first_scheduled is None:
                     passed[client] = at + 1
         finally:
-            for client in done:
-                heapq.heappush(self._heap, (self.counters[client], client))
+            for entry in done:
+                heapq.heappush(self._heap, entry)
 
     def admitted(self, sequence: Sequence, now: float) -> None:
         self._charge(sequence, self.input_price * (sequence.num_prompt + sequence.fetched))
+        self._look()
 
     def produced(self, sequence: Sequence, now: float) -> None:
         self._charge(sequence, self.output_price)
+
+    def _look(self) -> None:
+        least = heapq.nsmallest(2, ((self.counters[client], client) for client in self._present))
+        unique = len(least) == 1 or (len(least) == 2 and least[0][0] < least[1][0])
+        self._poorest = least[0][1] if unique else ""
+
+    def joined(self, sequence: Sequence) -> None:
+        client = self.client(sequence)
+        self._running[client] += 1
+        self._present[client] += 1
+
+    def left(self, sequence: Sequence) -> None:
+        client = self.client(sequence)
+        _decrement(self._running, client)
+        _decrement(self._present, client)
+
+    def share(self, client: str) -> int:
+        """How many sequences a client may run beside the other clients that are there now."""
+        weigh = self._weights.get
+        total = sum(weigh(each, 1.0) for each in self._present) if self._weights else len(self._present)
+        return max(1, ceil(self.slots * weigh(client, 1.0) / max(1.0, total)))
+
+    def entitled(self, sequence: Sequence) -> bool:
+        client = self.client(sequence)
+        return client == self._poorest or self._running[client] < self.share(client)
+
+    def yields(self, sequence: Sequence) -> bool:
+        least, client = self._least(), self.client(sequence)
+        return least is not None and self._heap[0][2] != client and self.counters[client] >= least
+
+    def victim(self, sequence: Sequence, running: list[Sequence]) -> Sequence | None:
+        if self._running[self.client(sequence)]:
+            return None
+        excess = {
+            client: held - self.share(client)
+            for client, held in self._running.items()
+            if client != self._poorest
+        }
+        most = max(excess, key=excess.__getitem__, default="")
+        if not excess or excess[most] <= 0:
+            return None
+        return next((s for s in reversed(running[1:]) if self.client(s) == most), None)
 
     def _charge(self, sequence: Sequence, cost: float) -> None:
         client = self.client(sequence)
@@ -311,12 +388,12 @@ class FairShare(FirstCome):
     def _least(self) -> float | None:
         """The least counter among waiting clients, whose entry is then the top of the heap."""
         while self._heap:
-            counter, client = self._heap[0]
+            counter, tie, client = self._heap[0]
             if client not in self._queues:
                 heapq.heappop(self._heap)
                 self._listed.remove(client)
             elif counter < self.counters[client]:
-                heapq.heapreplace(self._heap, (self.counters[client], client))
+                heapq.heapreplace(self._heap, (self.counters[client], tie, client))
             else:
                 return counter
         return None
@@ -326,8 +403,14 @@ class FairShare(FirstCome):
         self.counters = {
             client: value
             for client, value in self.counters.items()
-            if client in self._queues or value > counter or client == self._last
+            if client in self._present or value > counter or client == self._last
         }
+
+
+def _decrement(counts: Counter[str], key: str) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
 
 
 def make_policy(spec: str) -> FirstCome:

@@ -139,6 +139,7 @@ class Scheduler:
         self._num_layers = num_layers
         self._block_tokens = block_tokens
         self._max_sequences = min(config.max_sequences, config.max_step_tokens)
+        self.policy.slots = self._max_sequences
         self._clock = clock
         self._order = count()
         self._requests: dict[str, list[Sequence]] = {}  # by request id: sequences that have not ended
@@ -260,12 +261,17 @@ class Scheduler:
             else:
                 break  # it gave its own pages back, so it was the last
             i += 1
+        later: list[Sequence] = []
         for sequence in prefills:
-            if budget == 0:
-                break
-            budget -= self._chunk(sequence, budget, work)
+            if len(self.policy) and self.policy.yields(sequence):
+                later.append(sequence)
+            elif budget:
+                budget -= self._chunk(sequence, budget, work)
         if len(self.policy):
-            self._admit_waiting(budget, work, now)
+            budget = self._admit_waiting(budget, work, now)
+        for sequence in later:
+            if budget and sequence.state is _RUNNING:
+                budget -= self._chunk(sequence, budget, work)
         if len(self._keys) > 1:
             work = _grouped(work)
         return StepPlan(work, sum(item.count for item in work))
@@ -311,8 +317,11 @@ class Scheduler:
 
     # -- admission -----------------------------------------------------------------------
 
-    def _admit_waiting(self, budget: int, work: list[Work], now: float) -> None:
-        """Admit waiting sequences while there is room; fetch adapters for the first of the others."""
+    def _admit_waiting(self, budget: int, work: list[Work], now: float) -> int:
+        """Admit waiting sequences while there is room; fetch adapters for the first of the others.
+
+        Returns what is left of the budget.
+        """
         self._loading = {v for v in self._loading if self._residency.state(v) == "loading"}
         forecast = self._forecast()
         short: list[Sequence] = []  # lack pages, and may be overtaken
@@ -322,7 +331,12 @@ class Scheduler:
         room = True
         candidates = self.policy.candidates(now, self._keys)
         for position, sequence in enumerate(islice(candidates, _SCAN)):
-            room = room and budget > 0 and len(self.running) < self._max_sequences
+            entitled = self.policy.entitled(sequence)
+            if entitled and room:
+                room = budget > 0 and (
+                    len(self.running) < self._max_sequences
+                    or self.policy.victim(sequence, self.running) is not None
+                )
             if position >= _AHEAD and not room:
                 break
             if sequence.adapter_key in blocked or sequence.state is not _WAITING:
@@ -331,8 +345,14 @@ class Scheduler:
             due = due and len(self._loading) < _AHEAD
             state = self._fetch(sequence, due, forecast)
             if state == "resident":
-                if room and not self._awaits_sibling(sequence):
-                    if self._admit(sequence, forecast, now):
+                if room and entitled and not self._awaits_sibling(sequence):
+                    while not (admitted := self._admit(sequence, forecast, now)):
+                        victim = self.policy.victim(sequence, self.running)
+                        if victim is None:
+                            break
+                        budget += self._displace(victim, work)
+                        forecast = self._forecast()
+                    if admitted:
                         budget -= self._chunk(sequence, budget, work)
                         for other in short:
                             other.overtaken += 1
@@ -346,7 +366,7 @@ class Scheduler:
             if due and sequence.adapter_key:
                 kept.add(sequence)
                 ahead += self._pages_needed(sequence)
-            if state == "short" and room:
+            if state == "short" and room and entitled:
                 short.append(sequence)
                 if sequence.overtaken >= MAX_OVERTAKEN:
                     break  # whatever becomes free is kept for it
@@ -354,17 +374,26 @@ class Scheduler:
         for sequence in [s for s in self._ahead if s not in kept]:
             self._unkeep(sequence)
         if short and not self.running and not self._loading:
-            self._last_resort(short[0], budget, work, now)
+            budget -= self._last_resort(short[0], budget, work, now)
+        return budget
 
-    def _last_resort(self, sequence: Sequence, budget: int, work: list[Work], now: float) -> None:
+    def _displace(self, victim: Sequence, work: list[Work]) -> int:
+        """A running sequence gives its place to one that is entitled to it; returns the tokens not computed."""
+        planned = next((item for item in work if item.sequence is victim), None)
+        if planned is not None:
+            work.remove(planned)
+        self._preempt(victim)
+        return 0 if planned is None else planned.count
+
+    def _last_resort(self, sequence: Sequence, budget: int, work: list[Work], now: float) -> int:
         """Nothing runs and nothing is on its way, yet this one lacks pages: now or never."""
         for other in list(self._ahead):
             if other is not sequence:
                 self._unkeep(other)
         state = self._fetch(sequence, True, forecast := self._forecast())
         if state == "resident" and self._admit(sequence, forecast, now):
-            self._chunk(sequence, budget, work)
-        elif state in ("resident", "short"):
+            return self._chunk(sequence, budget, work)
+        if state in ("resident", "short"):
             self._fail(
                 sequence.request,
                 OutOfMemory(
@@ -373,6 +402,7 @@ class Scheduler:
                     retry_after=1.0,
                 ),
             )
+        return 0
 
     def _fetch(
         self, sequence: Sequence, due: bool, forecast: _Forecast
@@ -432,7 +462,9 @@ class Scheduler:
             blocks = self.prefix.match(sequence.chain, (num_tokens - 1) // size)
         needed = -(-num_tokens // size) - len(blocks)
         pages: np.ndarray | None = None
-        if not self.running or forecast.admits(num_tokens, self._left(sequence)):
+        if len(self.running) >= self._max_sequences:
+            pass
+        elif not self.running or forecast.admits(num_tokens, self._left(sequence)):
             self._retain(sequence)  # first, lest its own adapter be evicted for its KV
             with contextlib.suppress(OutOfMemory):
                 pages = self._pool.alloc(needed * self._num_layers, Owner.KV)
@@ -454,6 +486,7 @@ class Scheduler:
             self._swap_in(sequence)
         sequence.state = _RUNNING
         insort(self.running, sequence, key=_rank)
+        self.policy.joined(sequence)
         self._keys[sequence.adapter_key] += 1
         forecast.add(sequence, self._left(sequence))
         if sequence.first_scheduled is None:
@@ -498,6 +531,7 @@ class Scheduler:
                     self._fail(victim.request, error)
                 else:
                     self._preempt(victim)
+                    self._expected = min(1.0, self._expected + 0.1)  # the forecast was too hopeful
                 if victim is sequence:
                     return False
             else:
@@ -514,7 +548,6 @@ class Scheduler:
         sequence.state = _WAITING
         sequence.preemptions += 1
         self.metrics.preemptions += 1
-        self._expected = min(1.0, self._expected + 0.1)  # the forecast was too hopeful
         self.policy.push(sequence, self._planned)
 
     def _swap_out(self, sequence: Sequence, swap: SwapSpace) -> None:
@@ -554,6 +587,7 @@ class Scheduler:
         """Take a sequence out of the batch, and everything it holds from it."""
         running = self.running
         del running[bisect_left(running, sequence.rank, key=_rank)]
+        self.policy.left(sequence)
         self._keys[sequence.adapter_key] -= 1
         if not self._keys[sequence.adapter_key]:
             del self._keys[sequence.adapter_key]

@@ -191,6 +191,78 @@ def test_fair_share_forgets_clients_that_a_return_would_lift_anyway() -> None:
     assert len(policy.counters) < 1500
 
 
+def test_a_newcomer_takes_the_place_of_one_who_filled_the_batch() -> None:
+    world = World(policy=FairShare(), max_sequences=4, num_pages=400)
+    for _ in range(8):
+        world.add(request(8, 60, tenant="busy"))
+    world.step()
+    assert len(world.scheduler.running) == 4
+    newcomers = [world.add(request(8, 4, tenant="calm"))[0] for _ in range(2)]
+    world.step()
+    assert [s.first_token is not None for s in newcomers] == [True, False]
+    (gone,) = (s for s in world.scheduler.waiting if s.preemptions)
+    assert gone.order > max(s.order for s in world.scheduler.running if s.request.tenant == "busy")
+    world.run()
+    assert world.scheduler.metrics.preemptions == 1
+    assert all(len(sequences) == 1 for sequences in world.done.values())
+
+
+def test_one_who_is_alone_has_the_whole_batch() -> None:
+    world = World(policy=FairShare(), max_sequences=8, num_pages=400)
+    for _ in range(8):
+        world.add(request(2, 10, tenant="busy"))
+    world.step()
+    assert len(world.scheduler.running) == 8
+
+
+def test_weights_are_shares_of_the_batch() -> None:
+    world = World(policy=FairShare(weights={"gold": 3.0}), max_sequences=8, num_pages=400)
+    for tenant in ("gold", "plain"):
+        for _ in range(20):
+            world.add(request(8, 10, tenant=tenant))
+    policy = world.scheduler.policy
+    assert isinstance(policy, FairShare)
+    assert (policy.share("gold"), policy.share("plain")) == (6, 2)
+
+
+def test_long_prompts_do_not_delay_those_who_had_less() -> None:
+    """Eight prompts of 200 tokens at 32 a step would take fifty steps."""
+    world = World(policy=FairShare(), max_sequences=8, num_pages=2000, max_step_tokens=32)
+    for _ in range(8):
+        world.add(request(200, 4, tenant="busy"))
+    world.step()
+    world.step()
+    (newcomer,) = world.add(request(8, 4, tenant="calm"))
+    world.step()
+    assert newcomer.first_token is not None
+    world.run()
+    assert all(len(sequences) == 1 for sequences in world.done.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_only_what_exceeds_a_share_is_displaced(seed: int) -> None:
+    """Plenty of memory: whoever was preempted had more than its share, and keeps at least it."""
+    rng = random.Random(seed)
+    policy = FairShare()
+    world = World(policy=policy, max_sequences=6, num_pages=2000, max_waiting=1000)
+    for _ in range(60):
+        for tenant, chance in (("a", 0.1), ("b", 0.1), ("flood", 0.9)):
+            if rng.random() < chance:
+                world.add(request(rng.randint(1, 40), rng.randint(1, 20), tenant=tenant))
+        before = {s: s.preemptions for s in world.scheduler.running}
+        world.step()
+        displaced = [s for s, count in before.items() if s.preemptions > count]
+        for sequence in displaced:
+            assert sequence is not next(iter(before))
+            alive = [s for s in before if s.request.tenant == sequence.request.tenant and s not in displaced]
+            assert len(alive) >= 2  # the least share of six slots among three
+    world.run()
+    assert not policy._running
+    assert not policy._present
+    assert all(len(sequences) == 1 for sequences in world.done.values())
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32))
 def test_fair_share_counters_stay_together_while_clients_wait(seed: int) -> None:
@@ -282,8 +354,8 @@ def test_fair_share_protects_the_others_from_one_that_floods() -> None:
     alone = fmean(Run(FirstCome(), trace(False)).ttft())
     fcfs = fmean(Run(FirstCome(), trace(True)).ttft(calm))
     fair = fmean(Run(FairShare(), trace(True)).ttft(calm))
-    assert fcfs > 5 * alone
-    assert fair < fcfs / 5
+    assert fcfs > 20 * alone
+    assert fair < 2 * alone
 
 
 def test_fair_share_gives_backlogged_clients_equal_service() -> None:
