@@ -15,21 +15,31 @@ import os
 import platform
 import random
 import shutil
+import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # works from a checkout as well
 
+from msgspec.structs import replace  # noqa: E402
+
 from chiliad.adapters.registry import Registry  # noqa: E402
+from chiliad.bench import plan as planning  # noqa: E402
+from chiliad.bench.client import Target  # noqa: E402
+from chiliad.bench.serve import Client  # noqa: E402
+from chiliad.bench.serve import run as replay  # noqa: E402
+from chiliad.bench.workload import Trace  # noqa: E402
 from chiliad.config import EngineConfig, KernelConfig, SchedulerConfig, parse_bytes  # noqa: E402
 from chiliad.core import (  # noqa: E402
     AdapterUse,
@@ -240,6 +250,80 @@ def read_seconds(folder: Path) -> float:
             while file.read(2**20):
                 pass
     return time.perf_counter() - began
+
+
+# -- servers -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running(
+    command: Sequence[str], port: int, environment: dict[str, str], log: Path, patience: float = 120.0
+) -> Iterator[Target]:
+    """A server's process, until it answers GET /health; it is ended afterwards, with all its children."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=file, stderr=file, start_new_session=True
+        )
+    try:
+        deadline = time.perf_counter() + patience
+        while not _healthy(port):
+            if process.poll() is not None or time.perf_counter() > deadline:
+                tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+                raise RuntimeError(f"{command[0]} does not answer; the end of its log:\n{tail}")
+            time.sleep(0.2)
+        yield Target("127.0.0.1", port)
+    finally:
+        for number, seconds in ((signal.SIGTERM, 30.0), (signal.SIGKILL, 30.0)):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _healthy(port: int) -> bool:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+@contextmanager
+def served(args: argparse.Namespace, adapters: Path, *options: str) -> Iterator[Target]:
+    """A fresh `chiliad serve` of `args.model`, with an empty home."""
+    port = free_port()
+    command = [sys.executable, "-m", "chiliad.cli", "serve", args.model, "--adapters", str(adapters)]
+    command += ["--dtype", args.dtype, "--threads", str(args.threads), "--port", str(port), *options]
+    with tempfile.TemporaryDirectory(prefix="chiliad-home-", dir=args.scratch) as home:
+        environment = {"CHILIAD_HOME": home, "PYTHONPATH": str(ROOT)}
+        with running(command, port, environment, Path(home) / "log") as target:
+            yield target
+
+
+def base_info(model: str, dtype: str) -> BaseInfo:
+    """What adapters have to know of a base, without loading it."""
+    base = planning.Base.read(model, dtype)
+    return BaseInfo(base.name, "0" * 64, base.arch.family, base.sites, (base.name,))
+
+
+def client(args: argparse.Namespace, target: Target, **more: Any) -> Client:
+    vocab = planning.Base.read(args.model, args.dtype).arch.vocab
+    return Client(target, vocab=vocab, **more)
+
+
+def capacity(asker: Client, trace: Trace) -> float:
+    """Requests per second of a server that is asked everything in the trace at once."""
+    flood = Trace(trace.head, tuple(replace(item, at=0.0) for item in trace.items))
+    _, result = replay(asker, flood)
+    rate: float = result["request_throughput"]
+    return rate
 
 
 # -- an engine with a stopwatch ----------------------------------------------------------------

@@ -10,14 +10,7 @@ simulator with the same pool, cold as well. The client runs on the same machine.
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +18,16 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ROOT, Report, arguments, say, scratch, write_adapters
+from common import Report, arguments, base_info, client, say, scratch, served, write_adapters
 
 from chiliad.bench import plan as planning
 from chiliad.bench.calibrate import calibrate
-from chiliad.bench.client import Target
 from chiliad.bench.cost import CostModel
 from chiliad.bench.report import plot
-from chiliad.bench.serve import Client, run
+from chiliad.bench.serve import run
 from chiliad.bench.simulate import simulate
 from chiliad.bench.workload import Trace, synthetic
 from chiliad.config import EngineConfig, KernelConfig, SchedulerConfig
-from chiliad.core import BaseInfo
 
 ADAPTERS, RANK, MEMORY = 200, 16, 650_000_000
 LOADS = (0.4, 0.8, 1.5)  # of the capacity that the simulator finds
@@ -51,35 +42,6 @@ FIGURES = (
     "mean_e2el_ms",
     "slo_attainment",
 )
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-@contextmanager
-def server(args: Any, adapters: Path, home: Path) -> Iterator[str]:
-    """A fresh `chiliad serve` -> its URL."""
-    port = free_port()
-    command = [sys.executable, "-m", "chiliad.cli", "serve", args.model, "--adapters", str(adapters)]
-    command += ["--dtype", args.dtype, "--memory", str(MEMORY), "--port", str(port), "--policy", args.policy]
-    command += ["--threads", str(args.threads), "--max-model-len", "1024"]
-    environment = os.environ | {"CHILIAD_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            with socket.socket() as sock:
-                if sock.connect_ex(("127.0.0.1", port)) == 0 and process.poll() is None:
-                    break
-            time.sleep(0.1)
-        time.sleep(2.0)  # the port opens before the model is there
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
 
 
 def trace_of(rate: float, seconds: float, seed: int) -> Trace:
@@ -106,7 +68,6 @@ def main() -> None:
     )
     report = Report("How far is the simulator from the server?", args)
     base = planning.Base.read(args.model, args.dtype)
-    info = BaseInfo(base.name, "0" * 64, base.arch.family, base.sites, (base.name,))
     measured: list[tuple[str, Trace, list[Any], dict[str, Any]]] = []
     costs: list[CostModel] = []
 
@@ -116,7 +77,7 @@ def main() -> None:
         return costs[-1]
 
     with scratch(args) as folder:
-        write_adapters(folder / "adapters", info, ADAPTERS, RANK, linked=True)
+        write_adapters(folder / "adapters", base_info(args.model, args.dtype), ADAPTERS, RANK, linked=True)
         first = cost(0)
         house = planning.geometry(base, config, [RANK], "q_proj,k_proj,v_proj,o_proj", first.weights_bytes)
         flood = trace_of(100.0, 4.0, 0)
@@ -124,9 +85,9 @@ def main() -> None:
         say(f"capacity: {capacity:.2f} requests/s by the first costs")
         for number, load in enumerate(LOADS):
             trace = trace_of(load * capacity, args.seconds, number + 1)
-            with server(args, folder / "adapters", folder / f"home-{number}") as url:
-                client = Client(Target.parse(url), vocab=40_000, max_seconds=20 * args.seconds)
-                outcomes, result = run(client, trace)
+            options = ("--memory", str(MEMORY), "--policy", args.policy, "--max-model-len", "1024")
+            with served(args, folder / "adapters", *options) as target:
+                outcomes, result = run(client(args, target, max_seconds=20 * args.seconds), trace)
             say(f"load {load}: {result['request_throughput']:.2f}/s, TTFT {result['median_ttft_ms']:.0f} ms")
             measured.append((f"load {load}", trace, outcomes, result))
             cost(number + 1)

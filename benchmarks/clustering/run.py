@@ -1,0 +1,115 @@
+"""Does it help to prefer requests whose adapter already runs?
+
+    python benchmarks/clustering/run.py --threads 1
+
+A real server over HTTP whose pool has room for about sixty of two hundred adapters, near its
+capacity: first come first served against S-LoRA's clustering at most d distinct adapters, evenly and
+in bursts.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import Report, arguments, base_info, capacity, client, say, scratch, served, write_adapters
+
+from chiliad.bench.report import Outcome
+from chiliad.bench.serve import run
+from chiliad.bench.workload import Trace, synthetic
+
+ADAPTERS, RANK, MEMORY = 200, 16, "650MB"
+KEPT = (
+    "completed",
+    "request_throughput",
+    "output_throughput",
+    "slo_attainment",
+    "satisfaction",
+    "mean_ttft_ms",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "max_ttft_ms",
+    "mean_itl_ms",
+    "p99_itl_ms",
+    "mean_e2el_ms",
+)
+
+
+def trace_of(rate: float, seconds: float, cv: float) -> Trace:
+    return synthetic(
+        rate=rate,
+        duration=seconds,
+        adapters=ADAPTERS,
+        cv=cv,
+        popularity="zipf:1",
+        prompt=(8, 128),
+        output=(8, 64),
+        seed=2,
+    )
+
+
+def main() -> None:
+    args = arguments(__doc__, quick={"seconds": 6.0, "slo": 1.0}, seconds=60.0, slo=4.0, distinct=8, load=1.0)
+    report = Report("Does adapter clustering help?", args)
+    curves: dict[str, list[Outcome]] = {}
+    with scratch(args) as folder:
+        write_adapters(folder / "adapters", base_info(args.model, args.dtype), ADAPTERS, RANK, linked=True)
+        with served(args, folder / "adapters", "--memory", MEMORY) as target:
+            flood = trace_of(20.0, 2.0 if args.quick else 15.0, 1.0)
+            rate = max(capacity(client(args, target), flood) for _ in range(2))
+        report.result["capacity"] = rate
+        say(f"capacity: {rate:.2f} requests/s")
+        for cv in (1.0, 4.0):
+            trace = trace_of(args.load * rate, args.seconds, cv)
+            for policy in ("fcfs", f"cluster:{args.distinct}"):
+                name = f"{policy}, cv {cv:g}"
+                with served(args, folder / "adapters", "--memory", MEMORY, "--policy", policy) as target:
+                    asker = client(args, target, max_seconds=6 * args.seconds)
+                    capacity(asker, trace_of(30.0, 2.0, 1.0))  # a warm pool
+                    curves[name], result = run(asker, trace, args.slo)
+                counters = result["server"]["counters"]
+                report.result[name] = {key: result[key] for key in KEPT} | {
+                    "requests": len(trace),
+                    "mean_distinct_adapters": result["server"]["mean_distinct_adapters"],
+                    "adapter_hit_rate": result["server"]["adapter_hit_rate"],
+                    "adapter_loads": sum(v for k, v in counters.items() if k.startswith("adapter_loads")),
+                }
+                say(f"{name}: {report.result[name]}")
+    gains = {}
+    for cv in (1, 4):
+        plain, clustered = (report.result[f"{p}, cv {cv}"] for p in ("fcfs", f"cluster:{args.distinct}"))
+        gains[cv] = plain["mean_ttft_ms"] / clustered["mean_ttft_ms"]
+        report.result[f"gain, cv {cv}"] = {
+            "throughput": clustered["request_throughput"] / plain["request_throughput"],
+            "mean_ttft": gains[cv],
+            "loads_saved": 1 - clustered["adapter_loads"] / max(1.0, plain["adapter_loads"]),
+        }
+    report.target("mean TTFT, fcfs over clustered, cv 4", gains[4], 1.0, ">=")
+    report.target("mean TTFT, fcfs over clustered, cv 1", gains[1], 0.95, ">=")
+    if not args.quick:
+        plot(curves, args.slo)
+    report.write()
+
+
+def plot(curves: dict[str, list[Outcome]], slo: float) -> None:
+    """Shares of requests by time to first token."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, panel in zip(axes, ("cv 1", "cv 4"), strict=True):
+        for name, outcomes in curves.items():
+            if name.endswith(panel):
+                waits = sorted(o.first for o in outcomes if o.first is not None)
+                axis.plot(waits, [(i + 1) / len(outcomes) for i in range(len(waits))], label=name)
+        axis.axvline(slo, color="grey", linestyle=":")
+        axis.set(xlabel="seconds to the first token", xscale="log", ylim=(0, 1.02), title=panel)
+        axis.legend(frameon=False)
+    axes[0].set(ylabel="share of requests")
+    figure.savefig(Path(__file__).parent / "result.svg")
+
+
+if __name__ == "__main__":
+    main()
