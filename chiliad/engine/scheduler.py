@@ -452,7 +452,9 @@ class Scheduler:
         return first is not sequence and first.state is _RUNNING and first.num_computed < first.num_prompt
 
     def _admit(self, sequence: Sequence, forecast: _Forecast, now: float) -> bool:
-        """Give a waiting sequence pages for all its tokens and let it run; False if they are short."""
+        """Give a waiting sequence pages for all its tokens and let it run; False if there is no room."""
+        if len(self.running) >= self._max_sequences:
+            return False
         size = self._block_tokens
         num_tokens = len(sequence.tokens)
         blocks: list[Block] = []
@@ -462,9 +464,7 @@ class Scheduler:
             blocks = self.prefix.match(sequence.chain, (num_tokens - 1) // size)
         needed = -(-num_tokens // size) - len(blocks)
         pages: np.ndarray | None = None
-        if len(self.running) >= self._max_sequences:
-            pass
-        elif not self.running or forecast.admits(num_tokens, self._left(sequence)):
+        if not self.running or forecast.admits(num_tokens, self._left(sequence)):
             self._retain(sequence)  # first, lest its own adapter be evicted for its KV
             with contextlib.suppress(OutOfMemory):
                 pages = self._pool.alloc(needed * self._num_layers, Owner.KV)
