@@ -266,7 +266,7 @@ class FairShare(FirstCome):
         self._last = ""  # the client that left the queue last
         self._running: Counter[str] = Counter()  # sequences by client; no zeros
         self._present: Counter[str] = Counter()  # the same of all that run or wait
-        self._poorest = ""  # whose counter is below those of all others present, as of the last look
+        self._poorest: str | None = None  # see `_is_poorest`; None: look again
 
     def client(self, sequence: Sequence) -> str:
         if not self._by_adapter:
@@ -305,7 +305,7 @@ class FairShare(FirstCome):
             self._last = client
 
     def candidates(self, now: float, running: Collection[object]) -> Iterator[Sequence]:
-        self._look()
+        self._poorest = None
         for _, sequence in self._resumed.copy():
             yield sequence
         passed: dict[str, int] = {}  # by client: sequences that the scheduler skipped
@@ -328,15 +328,19 @@ class FairShare(FirstCome):
 
     def admitted(self, sequence: Sequence, now: float) -> None:
         self._charge(sequence, self.input_price * (sequence.num_prompt + sequence.fetched))
-        self._look()
+        self._poorest = None
 
     def produced(self, sequence: Sequence, now: float) -> None:
         self._charge(sequence, self.output_price)
 
-    def _look(self) -> None:
-        least = heapq.nsmallest(2, ((self.counters[client], client) for client in self._present))
-        unique = len(least) == 1 or (len(least) == 2 and least[0][0] < least[1][0])
-        self._poorest = least[0][1] if unique else ""
+    def _is_poorest(self, client: str) -> bool:
+        """Whether a client was served less than all others present (when the plan began, or since the
+        last admission)."""
+        if self._poorest is None:
+            least = heapq.nsmallest(2, ((self.counters[each], each) for each in self._present))
+            tied = len(least) == 2 and least[0][0] == least[1][0]
+            self._poorest = least[0][1] if least and not tied else ""
+        return client == self._poorest and client in self._present
 
     def joined(self, sequence: Sequence) -> None:
         client = self.client(sequence)
@@ -356,7 +360,7 @@ class FairShare(FirstCome):
 
     def entitled(self, sequence: Sequence) -> bool:
         client = self.client(sequence)
-        return client == self._poorest or self._running[client] < self.share(client)
+        return self._running[client] < self.share(client) or self._is_poorest(client)
 
     def yields(self, sequence: Sequence) -> bool:
         least, client = self._least(), self.client(sequence)
@@ -368,7 +372,7 @@ class FairShare(FirstCome):
         excess = {
             client: held - self.share(client)
             for client, held in self._running.items()
-            if client != self._poorest
+            if not self._is_poorest(client)
         }
         most = max(excess, key=excess.__getitem__, default="")
         if not excess or excess[most] <= 0:
