@@ -79,7 +79,7 @@ def serve(driver: Drive, adapters: list[Any], items: list[Item], clients: int) -
 def main() -> None:
     args = arguments(
         __doc__,
-        quick={"adapters": 12, "fit": 10, "requests": 12, "long": 4, "rounds": 1},
+        quick={"adapters": 16, "fit": 12, "requests": 12, "long": 4, "rounds": 1},
         adapters=64,
         fit=42,
         clients=48,
