@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ KEPT = (
 
 @contextmanager
 def vllm(args: Any, work: Path, names: list[str], max_loras: int) -> Iterator[Target]:
-    """vLLM's OpenAI server, as its documentation wants it on CPUs."""
+    """vLLM's OpenAI server, as its documentation wants it on CPUs.
+
+    The model runs in the engine's own process. In the usual one of its own, both wait for each other
+    in busy loops, and on two cores a token took up to a second.
+    """
     port = free_port()
     command = [args.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(work / "model")]
     command += ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)]
@@ -70,13 +75,7 @@ def vllm(args: Any, work: Path, names: list[str], max_loras: int) -> Iterator[Ta
     command += ["--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", str(max_loras)]
     command += ["--max-cpu-loras", str(max(max_loras, len(names)))]
     command += ["--lora-modules", *(f"{name}={work / 'adapters' / name}" for name in names)]
-    cores = sorted(os.sched_getaffinity(0))
-    cores = cores[: args.threads or len(cores)]
-    environment = vllm_environment(args, work) | {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all of them: none kept for the scheduler
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    }
+    environment = vllm_environment(args, work) | {"VLLM_CPU_KVCACHE_SPACE": "1"}  # GiB
     with running(command, port, environment, work / "vllm.log", patience=600.0) as target:
         yield target
 
@@ -100,7 +99,8 @@ def main() -> None:
     args = arguments(
         __doc__, quick=quick, vllm_python="", counts="5,32,100", seconds=45.0, load=0.8, lengths=0.25, slo=6.0
     )
-    args.vllm_mode = "processes"
+    args.vllm_mode = "inside"
+    args.threads = args.threads or len(os.sched_getaffinity(0))
     report = Report("Beside vLLM's server on S-LoRA's workload", args)
     counts = [int(part) for part in args.counts.split(",")]
     with scratch(args) as work:
@@ -110,8 +110,8 @@ def main() -> None:
         )
 
         def measure(system: str, asker: Client, trace: Trace) -> list[Outcome]:
-            warm = trace_of(args, len(names_used), len(names_used) / 2, 2.0)
-            capacity(asker, warm)  # compiled graphs, first touches, loaded adapters
+            few = synthetic(rate=8, duration=2, adapters=len(names_used), prompt=(8, 16), output=(4, 8))
+            capacity(replace(asker, max_seconds=None), few)  # compiled graphs, first touches
             outcomes, result = run(asker, trace, args.slo)
             figures = {key: result[key] for key in KEPT}
             report.result.setdefault(system, {})[len(names_used)] = figures
@@ -147,8 +147,9 @@ def main() -> None:
                         raise
     for count, theirs in report.result.get("vllm", {}).items():
         ours = report.result["chiliad"][count]
-        ratio = ours["request_throughput"] / max(1e-9, theirs["request_throughput"])
-        report.target(f"requests per second over vLLM's, {count} adapters", ratio, 1.0, ">=")
+        if theirs["completed"]:
+            ratio = ours["request_throughput"] / theirs["request_throughput"]
+            report.target(f"requests per second over vLLM's, {count} adapters", ratio, 1.0, ">=")
     if not args.quick:
         plot(report.result)
     report.write()
