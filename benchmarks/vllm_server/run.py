@@ -5,8 +5,9 @@
 Both servers get the same adapters (rank 16 on q, k, v, o), the same model in bfloat16, all cores and
 the same requests: gamma arrivals with cv 1, every adapter equally likely (S-LoRA's alpha = 1), and
 uniform lengths, S-LoRA's 8 to 512 tokens scaled by `--lengths`. vLLM's max_loras is the number of
-adapters, or the highest with which it starts. The rate is a share of what chiliad can take; requests
-that have no answer when the time is up count as failed. One server runs at a time.
+adapters, or the highest with which it starts. First 32 requests at once, until the last is answered;
+then the trace, whose rate is a share of what chiliad can take, and whose requests have failed when
+they have no answer after twice its time. One server runs at a time.
 """
 
 from __future__ import annotations
@@ -95,9 +96,17 @@ def trace_of(args: Any, adapters: int, rate: float, seconds: float) -> Trace:
 
 
 def main() -> None:
-    quick = {"seconds": 5.0, "counts": "5", "lengths": 0.1}
+    quick = {"seconds": 5.0, "counts": "5", "lengths": 0.1, "together": 4}
     args = arguments(
-        __doc__, quick=quick, vllm_python="", counts="5,32,100", seconds=45.0, load=0.8, lengths=0.25, slo=6.0
+        __doc__,
+        quick=quick,
+        vllm_python="",
+        counts="5,32,100",
+        seconds=30.0,
+        load=0.8,
+        lengths=0.25,
+        slo=6.0,
+        together=32,
     )
     args.vllm_mode = "inside"
     args.threads = args.threads or len(os.sched_getaffinity(0))
@@ -112,11 +121,14 @@ def main() -> None:
         def measure(system: str, asker: Client, trace: Trace) -> list[Outcome]:
             few = synthetic(rate=8, duration=2, adapters=len(names_used), prompt=(8, 16), output=(4, 8))
             capacity(replace(asker, max_seconds=None), few)  # compiled graphs, first touches
+            together = trace_of(args, len(names_used), args.together / 2, 2.0)
+            saturated = capacity(replace(asker, max_seconds=None), together)
             outcomes, result = run(asker, trace, args.slo)
-            figures = {key: result[key] for key in KEPT}
+            figures = {"saturated_throughput": saturated} | {key: result[key] for key in KEPT}
             report.result.setdefault(system, {})[len(names_used)] = figures
             say(
-                f"{len(names_used)} adapters, {system}: {figures['request_throughput']:.2f}/s, TTFT "
+                f"{len(names_used)} adapters, {system}: {saturated:.2f}/s of {args.together} at once; "
+                f"of the trace {figures['completed']}, {figures['request_throughput']:.2f}/s, TTFT "
                 f"{figures['median_ttft_ms']:.0f} ms, {figures['slo_attainment']:.0%} within {args.slo:g} s"
             )
             return outcomes
@@ -147,9 +159,8 @@ def main() -> None:
                         raise
     for count, theirs in report.result.get("vllm", {}).items():
         ours = report.result["chiliad"][count]
-        if theirs["completed"]:
-            ratio = ours["request_throughput"] / theirs["request_throughput"]
-            report.target(f"requests per second over vLLM's, {count} adapters", ratio, 1.0, ">=")
+        ratio = ours["saturated_throughput"] / theirs["saturated_throughput"]
+        report.target(f"requests per second over vLLM's, {count} adapters", ratio, 1.0, ">=")
     if not args.quick:
         plot(report.result)
     report.write()
@@ -164,7 +175,7 @@ def plot(result: dict[str, Any]) -> None:
     for axis, (key, label) in zip(
         axes,
         (
-            ("request_throughput", "requests/s"),
+            ("saturated_throughput", "requests/s, 32 at once"),
             ("median_ttft_ms", "median ms to the first token"),
             ("slo_attainment", "share in time"),
         ),
