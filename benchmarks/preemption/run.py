@@ -90,7 +90,7 @@ def serve(driver: Drive, count: int, clients: int, prefix_cache: bool) -> dict[s
 
 
 def main() -> None:
-    quick: dict[str, Any] = {"requests": 10, "clients": 8, "rounds": 0, "pool_tokens": 1024}
+    quick: dict[str, Any] = {"requests": 14, "clients": 12, "rounds": 0, "pool_tokens": 1536}
     args = arguments(__doc__, quick=quick, requests=120, clients=48, rounds=3, pool_tokens=6144)
     report = Report("Preemption by swap, or by computing again?", args)
     with ExitStack() as stack:
