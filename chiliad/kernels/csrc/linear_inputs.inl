@@ -60,10 +60,12 @@ void bf16_row(const ProjectPlan& plan, const float* x, const D* d, std::byte* ti
     bf16* to = kBf16Tiles ? reinterpret_cast<bf16*>(tile + k / 32 * 1024 + r * 64) : nullptr;
     alignas(64) bf16 rounded[32];
     for (int i = 0; i < 32; i += kLanes) vstore_bf16((kBf16Tiles ? to : rounded) + i, vload(from + i));
-    if (kBf16Tiles && plan.sums_at) {
-      Vec sum = vload(to);
-      for (int i = kLanes; i < 32; i += kLanes) sum = sum + vload(to + i);
-      reinterpret_cast<float*>(tile + plan.sums_at)[k / 32 * kRowTile + r] = vsum(sum);
+    if constexpr (kBf16Tiles) {
+      if (plan.sums_at) {
+        Vec sum = vload(to);
+        for (int i = kLanes; i < 32; i += kLanes) sum = sum + vload(to + i);
+        reinterpret_cast<float*>(tile + plan.sums_at)[k / 32 * kRowTile + r] = vsum(sum);
+      }
     }
     if (!kBf16Tiles) {  // the same values, as floats
       float* row = reinterpret_cast<float*>(tile) + static_cast<std::size_t>(r) * plan.k_padded + k;
