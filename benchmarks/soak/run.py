@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -84,12 +85,11 @@ class Soak:
     counts: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    serial: int = 0
+    serials: Iterator[int] = field(default_factory=itertools.count)
 
     def hidden(self) -> str:
         """A folder name that no scan looks at and nobody else uses."""
-        self.serial += 1
-        return f".{self.serial}"
+        return f".{next(self.serials)}"  # in one step, whatever thread asks
 
     async def send(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, bytes]:
         raw = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
@@ -233,7 +233,13 @@ async def hang_up(soak: Soak) -> None:
 def fresh(soak: Soak, name: str) -> Path:
     """A random adapter's folder below --adapters (new, or in the place of an old one)."""
     rank, targets = soak.rng.choice(RANKS), soak.rng.choice(TARGETS)
-    return write_random_adapter(soak.folders / name, soak.base, rank, targets, seed=soak.rng.getrandbits(31))
+    folder, written = soak.folders / name, soak.folders / soak.hidden()
+    write_random_adapter(written, soak.base, rank, targets, seed=soak.rng.getrandbits(31))
+    folder.mkdir(exist_ok=True)
+    for file in written.iterdir():  # somebody else may be writing the same adapter
+        file.replace(folder / file.name)
+    written.rmdir()
+    return folder
 
 
 async def change(soak: Soak) -> None:

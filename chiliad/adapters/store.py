@@ -211,19 +211,17 @@ class AdapterStore(Residents):
             pair, rank = lowered.low_rank[slot], ranks[slot]
             scale: np.ndarray = np.ones(rank, np.float32)
             for rows in (pair.a, pair.b):
-                # a small piece of work: torch would not wake other threads for it
-                if self._dtype == torch.int8:
-                    stored, scales = int8_rows(rows)
-                    scale *= scales.numpy()
-                else:
-                    stored = rows.to(self._dtype)
-                source = stored.contiguous().view(torch.uint8).numpy()
                 done = 0
-                while done < rank:
+                while done < rank:  # a page at most: for so little torch wakes no other threads
                     page, offset, count, stride = next(pieces)
+                    piece = rows[done : done + count]
+                    if self._dtype == torch.int8:
+                        piece, scales = int8_rows(piece)
+                        scale[done : done + count] *= scales.numpy()
+                    source = piece.to(self._dtype).contiguous().view(torch.uint8).numpy()
                     at = starts[page] * packing.page_bytes + offset
                     place = self._bytes[at : at + count * stride].reshape(count, stride)
-                    place[:, : source.shape[1]] = source[done : done + count]
+                    place[:, : source.shape[1]] = source
                     done += count
             a, b = offsets[first : first + rank], offsets[first + rank : first + 2 * rank]
             low_rank[slot] = LowRankRows(a, b, scale)

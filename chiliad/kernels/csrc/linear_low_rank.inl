@@ -16,8 +16,11 @@ class Ahead {
  public:
   explicit Ahead(const ProjectPlan& plan) : plan_(plan) {}
 
-  // Before a task is worked on. As a rule its first lines were asked for, but some got lost.
+  // Before a task is worked on. If it follows the last one, its first lines were asked for.
   void begin(const Task* task) {
+    const bool follows = task == expected_;
+    expected_ = task + 1;
+    if (follows) return;
     task_ = task;
     enter(false);
     lines_ = 0;
@@ -69,7 +72,7 @@ class Ahead {
   }
 
   const ProjectPlan& plan_;
-  const Task* task_ = nullptr;
+  const Task *task_ = nullptr, *expected_ = nullptr;
   bool b_ = false;
   const std::int64_t *row_ = nullptr, *end_ = nullptr;  // rows not yet begun
   const std::uint8_t* at_ = nullptr;  // the next line of the row that was begun
