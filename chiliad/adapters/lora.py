@@ -113,8 +113,8 @@ class LoraFormat:
             rows = tensors[pair.b].t()
             b = torch.empty(rows.shape)
             few = max(1, _PIECE // rows.shape[1])
-            for part, to in zip(rows.split(few), b.split(few), strict=True):
-                to.copy_(part).mul_(pair.scale)
+            for i in range(0, len(rows), few):
+                to = b[i : i + few].copy_(rows[i : i + few]).mul_(pair.scale)
                 if not all(math.isfinite(value.item()) for value in to.aminmax()):
                     raise InvalidAdapter(
                         f"tensor {pair.b} times its scale {pair.scale:g} is too large to compute with"

@@ -114,7 +114,7 @@ class Step:
     native: object = field(default=None)  # handle of the implementation that prepared it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # one is itself: kernels remember what they checked
 class NormSpec:
     """RMSNorm or LayerNorm with its weights: float32 [features]."""
 

@@ -7,6 +7,7 @@ row addresses, a step's tables.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,6 +78,15 @@ def _norm(spec: NormSpec, features: int) -> tuple[int, int, int, float]:
     return _NORMS[spec.kind], spec.weight.data_ptr(), bias, spec.eps
 
 
+def _rope(cos: Tensor, sin: Tensor, head_dim: int) -> tuple[int, int, int, int]:
+    max_position, half = cos.shape
+    if sin.shape != cos.shape or _rows(sin, half, "sin") != _rows(cos, half, "cos"):
+        raise KernelError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ")
+    if 2 * half > head_dim:
+        raise KernelError(f"rope of {2 * half} dimensions does not fit head_dim {head_dim}")
+    return cos.data_ptr(), sin.data_ptr(), half, max_position
+
+
 def _check_levels(levels: Tensor, scale: Tensor, minimum: Tensor | None) -> None:
     groups = (levels.shape[0], -(-levels.shape[1] // GROUP))
     stored = torch.int8 if minimum is None else torch.uint8
@@ -97,6 +107,8 @@ class CpuKernels(ReferenceKernels):
         except ValueError as bad:
             raise InvalidConfig(str(bad), param="isa") from bad
         super().__init__(f"{self._core.isa}, {self._core.threads} threads")
+        # checked once: every step asks for the same norms and tables
+        self._norm, self._rope = functools.lru_cache(4096)(_norm), functools.lru_cache(64)(_rope)
 
     @property
     def isa(self) -> str:
@@ -204,7 +216,7 @@ class CpuKernels(ReferenceKernels):
             x.data_ptr(),
             rows,
             features,
-            *_norm(spec, features),
+            *self._norm(spec, features),
             y.data_ptr(),
             residual is not None,
         )
@@ -239,7 +251,7 @@ class CpuKernels(ReferenceKernels):
             None if step is None else step.native,
             x.data_ptr(),
             rows,
-            *(_NO_NORM if norm is None else _norm(norm, spec.in_features)),
+            *(_NO_NORM if norm is None else self._norm(norm, spec.in_features)),
             _ACTIVATIONS[activation],
             y.data_ptr(),
             residual is not None,
@@ -292,16 +304,8 @@ class CpuKernels(ReferenceKernels):
         k_norm: NormSpec | None = None,
     ) -> None:
         kv = self._qkv(qkv, step, num_heads)
-        tables = (0, 0, 0, 0)
-        if rope is not None:
-            cos, sin = rope
-            max_position, half = cos.shape
-            if sin.shape != cos.shape or _rows(sin, half, "sin") != _rows(cos, half, "cos"):
-                raise KernelError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} differ")
-            if 2 * half > kv.head_dim:
-                raise KernelError(f"rope of {2 * half} dimensions does not fit head_dim {kv.head_dim}")
-            tables = (cos.data_ptr(), sin.data_ptr(), half, max_position)
-        norms = (_NO_NORM if n is None else _norm(n, kv.head_dim) for n in (q_norm, k_norm))
+        tables = (0, 0, 0, 0) if rope is None else self._rope(*rope, kv.head_dim)
+        norms = (_NO_NORM if n is None else self._norm(n, kv.head_dim) for n in (q_norm, k_norm))
         q_args, k_args = norms
         _core.rope_kv(self._core, step.native, layer, qkv.data_ptr(), num_heads, *tables, *q_args, *k_args)
 
