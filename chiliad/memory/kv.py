@@ -64,18 +64,21 @@ class BlockTable:
         return self._rows[: self.num_blocks]
 
     def append(self, pages: np.ndarray) -> None:
-        """Add blocks: int32 [n * num_layers], or [n, num_layers], block after block."""
+        """Add blocks: int32 [n, num_layers], or [n * num_layers] pages that have no order yet.
+
+        Of the latter, neighbours go to one layer: what it reads in one go then lies together.
+        """
         num_layers = self._rows.shape[1]
         stop = self.num_blocks + pages.size // num_layers
         if stop > len(self._rows):
             rows = np.empty((max(stop, 2 * len(self._rows)), num_layers), np.int32)
             rows[: self.num_blocks] = self.pages
             self._rows = rows
-        self._rows[self.num_blocks : stop] = pages.reshape(-1, num_layers)
+        self._rows[self.num_blocks : stop] = pages if pages.ndim == 2 else pages.reshape(num_layers, -1).T
         self.num_blocks = stop
 
     def clear(self) -> np.ndarray:
-        """Forget every block; returns their pages, int32 [n * num_layers]."""
-        pages = self.pages.reshape(-1).copy()
+        """Forget every block; returns their pages, int32 [n * num_layers], layer after layer."""
+        pages = self.pages.T.flatten()
         self.num_blocks = 0
         return pages
