@@ -109,6 +109,9 @@ def test_block_table_grows_and_clears() -> None:
     table.append(np.arange(33, 45, dtype=np.int32).reshape(4, 3))
     assert table.num_blocks == 15
     assert table.pages.tolist() == np.arange(45).reshape(15, 3).tolist()
-    assert table.clear().tolist() == list(range(45))
+    assert table.clear().tolist() == np.arange(45).reshape(15, 3).T.flatten().tolist()
     assert table.num_blocks == 0
+    table.append(np.arange(12))  # four blocks in no order: a layer's pages are neighbours
+    assert table.pages.tolist() == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    assert table.clear().tolist() == list(range(12))
     assert table.clear().size == 0
