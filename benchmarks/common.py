@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import gc
 import itertools
 import json
 import math
@@ -515,4 +516,7 @@ def drive(
         driver = Drive(engine, events)
         driver.one(None, 40, 4)  # first touches, lazy imports
         driver.timings.clear()
+        gc.collect()
+        gc.freeze()  # as the server does
+        stack.callback(gc.unfreeze)
         yield driver

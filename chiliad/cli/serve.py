@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,14 @@ def serve(
             )
             engine = _async_engine(model, settings, place / "registry.sqlite", folders)
         _announce(engine, config, sock.getsockname()[1])
-        if not server.serve(engine, config, sock):
+        # What is loaded now stays: full collections that walk it would stop everybody for 0.1 s.
+        gc.collect()
+        gc.freeze()
+        try:
+            drained = server.serve(engine, config, sock)
+        finally:
+            gc.unfreeze()
+        if not drained:
             raise SystemExit(1)
 
 
