@@ -7,50 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import re
-import signal
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import ROOT, Report, arguments, drive, median, say, scratch, write_adapters
+from common import Report, arguments, drive, median, say, scratch, served, write_adapters
 
 from chiliad.bench.client import Target, request
 
 CLIENTS, PROMPT, OUTPUT, RANK = 32, 64, 64, 16
-
-
-@contextmanager
-def server(args: Any, folder: Path, home: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "chiliad.cli", "serve", args.model, "--adapters", str(folder), "--port", "0",
-               "--memory", "3GB", "--dtype", args.dtype, "--threads", str(args.threads)]  # fmt: skip
-    environment = os.environ | {"CHILIAD_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert process.stderr is not None
-        url = next(
-            match[1] for line in process.stderr if (match := re.search(r"listening (http://\S+)/v1", line))
-        )
-        deadline = time.monotonic() + 60
-        while True:  # the socket opens a moment later
-            try:
-                urllib.request.urlopen(f"{url}/health").close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "the server does not answer"
-                time.sleep(0.05)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
 
 
 async def ask(target: Target, model: str, prompt: list[int]) -> int:
@@ -89,8 +57,7 @@ def main() -> None:
         versions = [driver.engine.registry.resolve(name) for name in names]
         driver.touch(versions)
         base = driver.engine.base.name
-        with server(args, root / "adapters", root / "home") as url:
-            target = Target.parse(url)
+        with served(args, root / "adapters", "--memory", "3GB") as target:
             for kind in ("base", "adapters"):
                 picks: list[int | None] = [
                     i % CLIENTS if kind == "adapters" else None for i in range(args.requests)
