@@ -66,20 +66,26 @@ def generate(
             [
                 {
                     "prompt": text,
-                    "text": out.text,
+                    "text": out.choices[0].text,
                     "adapter": name,
                     "finish_reason": out.choices[0].finish_reason,
+                    "error": None if out.error is None else str(out.error),
                     "prompt_tokens": out.usage.prompt_tokens,
                     "completion_tokens": out.usage.completion_tokens,
                 }
                 for text, out in zip(texts, outputs, strict=True)
             ]
         )
-        return
-    for text, out in zip(texts, outputs, strict=True):
-        if len(texts) > 1:
-            click.secho(f"> {text}", bold=True)
-        click.echo(f"{text if raw else ''}{out.text}")
+    else:
+        for text, out in zip(texts, outputs, strict=True):
+            if len(texts) > 1:
+                click.secho(f"> {text}", bold=True)
+            if out.error is not None:
+                complain(out.error)
+            else:
+                click.echo(f"{text if raw else ''}{out.text}")
+    if any(out.error is not None for out in outputs):
+        sys.exit(1)
 
 
 def _adapter_name(llm: LLM, adapter: str | None) -> str | None:

@@ -27,7 +27,7 @@ from chiliad.core import (
     Usage,
 )
 from chiliad.engine.engine import Engine
-from chiliad.errors import InvalidRequest
+from chiliad.errors import ChiliadError, InvalidRequest
 from chiliad.models import load_model
 
 Prompt = str | Sequence[int]
@@ -47,15 +47,23 @@ class Completion:
 
 @dataclass(slots=True)
 class Output:
-    """The answer to one prompt. `text` is that of the first choice."""
+    """The answer to one prompt.
+
+    error: why it ended early, say because its adapter could not be read; the choices then hold
+        what had come until then.
+    """
 
     prompt: tuple[int, ...]
     choices: list[Completion]
     prompt_logprobs: list[TokenLogprob | None] | None = None
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
+    error: ChiliadError | None = None
 
     @property
     def text(self) -> str:
+        """The text of the first choice. Raises `error` if there is one: half an answer is no answer."""
+        if self.error is not None:
+            raise self.error
         return self.choices[0].text
 
 
@@ -115,7 +123,8 @@ class LLM:
         """Answer prompts (text or token ids) together in one batch, in order.
 
         params and adapters: one for all, or one per prompt. Raises ChiliadError when any
-        request is refused; then none of them runs.
+        request is refused; then none of them runs. One that fails later, such as at the reading
+        of its adapter, has an `Output.error`, and the others have their answers.
         """
         many = self._prompts(prompts)
         each_params = _per_prompt(params or SamplingParams(), SamplingParams, len(many), "params")
@@ -148,6 +157,8 @@ class LLM:
         request = self._request(ids, params or SamplingParams(), adapter)
         with closing(self._events_of([request])) as events:
             for event in events:
+                if isinstance(event, Failed):
+                    raise event.error
                 if isinstance(event, Chunk):
                     yield event.text
 
@@ -173,12 +184,14 @@ class LLM:
                 output = outputs[event.request_id]
                 if isinstance(event, Chunk):
                     _collect(output, event)
+                elif isinstance(event, Failed):
+                    output.error = event.error
                 else:
                     output.usage = event.usage
         return [outputs[r.id] for r in requests]
 
-    def _events_of(self, requests: list[Request]) -> Generator[Chunk | Finished]:
-        """Run the engine and yield these requests' events until all have ended; raise what one failed of.
+    def _events_of(self, requests: list[Request]) -> Generator[Event]:
+        """Run the engine and yield these requests' events until all have ended.
 
         Whoever closes it early ends the rest of them. What comes meanwhile for others, such as a
         `stream` that the caller has not read to its end, waits for its own reader.
@@ -194,9 +207,7 @@ class LLM:
                     self.engine.wait(0.05)
                 news, events[:] = list(events), []
                 for event in news:
-                    if isinstance(event, Failed):
-                        raise event.error
-                    if isinstance(event, Finished):
+                    if isinstance(event, Finished | Failed):
                         open_ids.remove(event.request_id)
                         del self._readers[event.request_id]
                     yield event

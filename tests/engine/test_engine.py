@@ -388,6 +388,23 @@ def test_an_adapter_that_overflows_fails_its_requests_only(
     assert driver.tokens["later"] == alone[0]
 
 
+def test_a_list_of_prompts_loses_nothing_to_one_that_fails(
+    make_llm: MakeLLM, tmp_path: Path, tiny_base: BaseInfo
+) -> None:
+    huge = write_random_adapter(tmp_path / "huge", tiny_base, rank=8, targets="all-linear", std=3e37)
+    llm = make_llm()
+    llm.engine.add_adapter(huge, "huge")
+    texts = prompts(3, seed=9)
+    alone = [solo(llm, texts[0], "r8-qv"), solo(llm, texts[2], None)]
+    first, failed, last = llm.generate(texts, GREEDY, ["r8-qv", "huge", None])
+    assert [first.choices[0].token_ids, last.choices[0].token_ids] == alone
+    assert first.error is None
+    assert first.text
+    assert isinstance(failed.error, InvalidAdapter)
+    with pytest.raises(InvalidAdapter, match="huge@1"):
+        _ = failed.text
+
+
 def test_an_odd_failure_of_a_load_is_its_requests_alone(
     make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -196,6 +203,85 @@ def test_hub_reference_without_network_says_what_to_do(monkeypatch: pytest.Monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(InvalidModel, match=r"no route to host.*local folder"):
         load_model("nobody/nothing", ReferenceKernels())
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """The hub's protocol over one folder: what a repository holds, and its files by commit."""
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    asked: list[str]
+
+    def do_GET(self) -> None:
+        if self.path.split("?")[0].startswith("/api/models/acme/tiny/"):
+            files = sorted(p.name for p in Path(self.directory).iterdir())
+            answer = {"id": "acme/tiny", "sha": self.commit, "siblings": [{"rfilename": f} for f in files]}
+            if "/tree/" in self.path:
+                answer = [{"type": "file", "path": f, "size": 0, "oid": f} for f in files]
+            self._send(200, json.dumps(answer).encode(), "application/json")
+        elif self.path.startswith(f"/acme/tiny/resolve/{self.commit}/"):
+            name = self.path.rsplit("/", 1)[1]
+            self.asked.append(name)
+            self._send(200, (Path(self.directory) / name).read_bytes(), "application/octet-stream")
+        else:
+            self._send(404, b"{}", "application/json")
+
+    do_HEAD = do_GET
+
+    def _send(self, status: int, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", self.commit)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_hub_repository_is_downloaded_once_and_answers(llama: Path, tmp_path: Path) -> None:
+    """The real client of the hub, in a process of its own, against a server of our own."""
+    pytest.importorskip("huggingface_hub")
+    (llama / "pytorch_model.bin").write_bytes(b"a pickle that nobody should fetch")
+    asked: list[str] = []
+    server = ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(type("OneHub", (Hub,), {"asked": asked}), directory=str(llama))
+    )
+    Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE_"))}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+
+    def fingerprint_of(reference: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", FINGERPRINT, reference], env=environment, capture_output=True, text=True
+        )
+
+    first = fingerprint_of("acme/tiny")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.split() == [fingerprint(llama), "tiny", "acme/tiny"]
+    assert "model.safetensors" in asked
+    assert "pytorch_model.bin" not in asked
+    unknown = fingerprint_of("acme/unknown")
+    assert "InvalidModel: cannot get 'acme/unknown'" in unknown.stderr
+    server.shutdown()
+    server.server_close()
+    asked.clear()
+    assert fingerprint_of("acme/tiny").stdout == first.stdout  # offline, out of the hub's cache
+    assert asked == []
+
+
+FINGERPRINT = """
+import sys
+from chiliad.kernels.reference import ReferenceKernels
+from chiliad.models import load_model
+info = load_model(sys.argv[1], ReferenceKernels()).info
+print(info.fingerprint, info.name, info.aliases[0])
+"""
 
 
 def test_hub_cache_folder_knows_its_repository(tmp_path: Path) -> None:
