@@ -3,10 +3,10 @@
 A format reads its own files and *lowers* itself. Kernels, pool and scheduler know only the
 lowered forms:
 
-    LowRank      y += B (A x)                   any rank, rank rows unpadded, scale folded into B
+    LowRank      y += scale * B (A x)           any rank, rank rows unpadded
     Elementwise  y  = g * (W (d * x) + bias) + c
 
-so `y = g * (W (d * x) + bias) + B A x + c` is the whole of what a projection may become.
+so `y = g * (W (d * x) + bias) + scale * B A x + c` is the whole of what a projection may become.
 (SoftPrompt, extra rows before the prompt, joins when the first format needs it.)
 """
 
@@ -34,6 +34,8 @@ class TensorHeader:
 class AdapterPlan:
     """What an adapter will need in memory, from its config and header alone.
 
+    A format may add to it what `lower` needs to know.
+
     `low_rank[slot]` is the rank at that slot; `vectors[slot]` names the elementwise vectors
     ("d", "g", "c") present there. Slots index `BaseInfo.sites`.
     """
@@ -49,10 +51,11 @@ class AdapterPlan:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """y += b^T (a x). Contiguous float32, float16 or bfloat16 tensors; the scale is folded into b."""
+    """y += scale * b^T (a x). float32, float16 or bfloat16, maybe views of a file's contents."""
 
     a: torch.Tensor  # [r, in_features]
-    b: torch.Tensor  # [r, out_features]: row j is column j of PEFT's lora_B, times the scale
+    b: torch.Tensor  # [r, out_features]: row j is column j of PEFT's lora_B
+    scale: float = 1.0  # scale * b is finite in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,9 @@ class AdapterFormat(Protocol):
         AdapterMismatch (sound, but of another base).
         """
 
-    def lower(
-        self, config: Mapping[str, object], tensors: Mapping[str, torch.Tensor], base: BaseInfo
-    ) -> Lowered:
-        """Turn tensors into the runtime forms. Raises InvalidAdapter on NaN or Inf."""
+    def lower(self, plan: AdapterPlan, tensors: Mapping[str, torch.Tensor], largest: float) -> Lowered:
+        """Turn tensors into the runtime forms, which may be views of them.
+
+        plan: what `plan` made of their config and header. largest: no number in them has a larger
+        magnitude. Raises InvalidAdapter for what is too large to compute with.
+        """

@@ -20,7 +20,7 @@ from chiliad.errors import AdapterMismatch, InvalidAdapter
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 32_000  # numbers at a time: for more, torch wakes threads that then spin beside the engine's
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 #: Fields without a say in what a trained adapter computes.
 _INERT = {
@@ -88,6 +88,11 @@ class _Pair:
     b: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan(AdapterPlan):
+    pairs: tuple[_Pair, ...] = ()
+
+
 class LoraFormat:
     """Implements `adapters.base.AdapterFormat`."""
 
@@ -100,27 +105,23 @@ class LoraFormat:
         self, config: Mapping[str, object], header: Mapping[str, TensorHeader], base: BaseInfo
     ) -> AdapterPlan:
         pairs = _pairs(config, {name: entry.shape for name, entry in header.items()}, base)
-        return AdapterPlan("lora", {pair.slot: pair.rank for pair in pairs})
+        return _Plan("lora", {pair.slot: pair.rank for pair in pairs}, pairs=tuple(pairs))
 
-    def lower(
-        self, config: Mapping[str, object], tensors: Mapping[str, torch.Tensor], base: BaseInfo
-    ) -> Lowered:
-        import torch
-
-        pairs = _pairs(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, base)
+    def lower(self, plan: AdapterPlan, tensors: Mapping[str, torch.Tensor], largest: float) -> Lowered:
+        assert isinstance(plan, _Plan)
         low_rank = {}
-        for pair in pairs:
-            rows = tensors[pair.b].t()
-            b = torch.empty(rows.shape)
-            few = max(1, _PIECE // rows.shape[1])
-            for i in range(0, len(rows), few):
-                to = b[i : i + few].copy_(rows[i : i + few]).mul_(pair.scale)
-                if not all(math.isfinite(value.item()) for value in to.aminmax()):
-                    raise InvalidAdapter(
-                        f"tensor {pair.b} times its scale {pair.scale:g} is too large to compute with"
-                    )
-            low_rank[pair.slot] = LowRank(tensors[pair.a], b)
+        for pair in plan.pairs:
+            a, b = tensors[pair.a], tensors[pair.b]
+            if abs(pair.scale) * largest > _FLOAT32_MAX and _overflows(b, pair.scale):
+                raise InvalidAdapter(
+                    f"tensor {pair.b} times its scale {pair.scale:g} is too large to compute with"
+                )
+            low_rank[pair.slot] = LowRank(a, b.t(), pair.scale)
         return Lowered(low_rank)
+
+
+def _overflows(tensor: torch.Tensor, scale: float) -> bool:
+    return not bool((tensor.float() * scale).isfinite().all())
 
 
 class _Config:

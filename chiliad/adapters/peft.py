@@ -58,8 +58,11 @@ class Limits:
 #: (bytes) -> a uint8 tensor of that size, which the caller may use again later
 Room = Callable[[int], "torch.Tensor"]
 
-_HASHED = 2**18  # bytes hashed without a pause
-_PIECE = 2**15  # numbers looked at together: they stay in the cache
+#: Tensors by name, each with the byte of the file's data part where it begins
+Entries = Mapping[str, tuple[TensorHeader, int]]
+
+_PIECE = 2**17  # bytes or numbers between two rests: a tenth of a millisecond
+_RECIPES = 128  # remembered: of one of a large model, half a megabyte
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +128,12 @@ class PeftFolder:
         config = _parse_json(self._config, CONFIG_FILE)
         if _deeper(config, self._limits.config_depth):
             raise InvalidAdapter(f"{CONFIG_FILE} is nested too deeply")
-        tensors = {name: entry for name, (entry, _) in self._entries.items()}
+        tensors = {name: entry for name, (entry, _) in self.entries.items()}
         return Header(config, tensors, self.digest, self.nbytes, self.stamp)
 
     @cached_property
-    def _entries(self) -> dict[str, tuple[TensorHeader, int]]:
-        """Tensors with where they begin."""
+    def entries(self) -> Entries:
+        """The tensors that the file says it has. Raises InvalidAdapter."""
         return _check_header(self._header, self.nbytes, self._limits)
 
     def __enter__(self) -> PeftFolder:
@@ -145,49 +148,59 @@ class PeftFolder:
             self._file = None
 
     def tensors(
-        self, room: Room | None = None, rest: Callable[[], None] | None = None
-    ) -> tuple[dict[str, torch.Tensor], str]:
-        """Read every tensor, and the sha256 of all their bytes in file order.
+        self,
+        room: Room | None = None,
+        rest: Callable[[], None] = lambda: None,
+        entries: Entries | None = None,
+    ) -> tuple[dict[str, torch.Tensor], float, str]:
+        """Read every tensor: all by name, their largest magnitude, the sha256 of them in file order.
 
         The tensors share one buffer: `room(bytes)`, or one of their own. `rest` is called between
-        bits of work, here and whenever a tensor is looked up. Raises InvalidAdapter when the file
-        changes meanwhile, or on NaN or Inf.
+        bits of work. entries: of the same recipe, if the caller has them. Raises InvalidAdapter
+        when the file changes meanwhile, or on NaN or Inf.
         """
         import torch
 
         assert self._file is not None
-        entries, start = self._entries, 8 + len(self._header)
+        entries = entries or self.entries
+        start = 8 + len(self._header)
         size = self.nbytes - start
         data = torch.empty(size, dtype=torch.uint8) if room is None else room(size)
         view: memoryview = data.numpy().data
-        done = 0
+        content = hashlib.sha256()
         with io.FileIO(self._file, closefd=False) as file:
             file.seek(start)
-            while done < len(view) and (count := file.readinto(view[done:])):
+            done = 0
+            while done < size and (count := file.readinto(view[done : done + _PIECE])):
+                content.update(view[done : done + count])
                 done += count
-        after = os.fstat(self._file)
-        if done < len(view) or _stamp(after, after) != _stamp(self._stat, self._stat):
-            raise InvalidAdapter(f"{self.path / TENSOR_FILE} changed while it was read: load it again")
-        content = hashlib.sha256()
-        for at in range(0, size, _HASHED):
-            content.update(view[at : at + _HASHED])
-            if rest is not None:
                 rest()
+        after = os.fstat(self._file)
+        if done < size or _stamp(after, after) != _stamp(self._stat, self._stat):
+            raise InvalidAdapter(f"{self.path / TENSOR_FILE} changed while it was read: load it again")
+        tensors = {}
         types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        tensors: dict[str, torch.Tensor] = {} if rest is None else _Restful(rest)
+        whole = {kind: data[: size - size % _ITEMSIZE[kind]].view(dtype) for kind, dtype in types.items()}
         for name, (entry, begin) in entries.items():
-            dtype = types[entry.dtype]
-            raw = data[begin : begin + math.prod(entry.shape) * dtype.itemsize]
-            if begin % dtype.itemsize:
-                raw = raw.clone()  # the format does not promise alignment
-            tensors[name] = raw.view(dtype).view(entry.shape)
-        kinds = {tensor.dtype for tensor in tensors.values()}
-        if len(kinds) == 1 and _finite(data.view(kinds.pop())):
-            return tensors, content.hexdigest()  # one look at everything is far cheaper than hundreds
+            itemsize, numbers = _ITEMSIZE[entry.dtype], math.prod(entry.shape)
+            if begin % itemsize:  # the format does not promise alignment
+                raw = data[begin : begin + numbers * itemsize].clone()
+                tensors[name] = raw.view(types[entry.dtype]).view(entry.shape)
+            else:
+                first = begin // itemsize
+                tensors[name] = whole[entry.dtype][first : first + numbers].view(entry.shape)
+        kinds = {entry.dtype for entry, _ in entries.values()}
+        if len(kinds) == 1:  # one look at everything is far cheaper than hundreds
+            largest = largest_magnitude(whole[kinds.pop()], rest)
+            if math.isfinite(largest):
+                return tensors, largest, content.hexdigest()
+        largest = 0.0
         for name, tensor in tensors.items():
-            if not _finite(tensor):
+            magnitude = largest_magnitude(tensor, rest)
+            if not math.isfinite(magnitude):
                 raise InvalidAdapter(f"tensor {name} holds NaN or Inf: the training run diverged")
-        return tensors, content.hexdigest()
+            largest = max(largest, magnitude)
+        return tensors, largest, content.hexdigest()
 
     def _open(self, name: str) -> int:
         path = self.path / name
@@ -239,18 +252,6 @@ class PeftFolder:
         return header
 
 
-class _Restful(dict[str, "torch.Tensor"]):
-    """Tensors by name. Work goes from one to the next, so looking one up is the time to rest."""
-
-    def __init__(self, rest: Callable[[], None]) -> None:
-        super().__init__()
-        self._rest = rest
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self._rest()
-        return super().__getitem__(name)
-
-
 def read_header(folder: str | Path, limits: Limits | None = None) -> Header:
     """Config and tensor header of an adapter folder. Raises InvalidAdapter."""
     with PeftFolder(folder, limits) as files:
@@ -277,27 +278,63 @@ def plan(header: Header, base: BaseInfo, limits: Limits | None = None) -> Adapte
     return planned
 
 
-def read(
-    folder: str | Path,
-    base: BaseInfo,
-    digest: str | None = None,
-    limits: Limits | None = None,
-    room: Room | None = None,
-    rest: Callable[[], None] | None = None,
-) -> tuple[Lowered, str]:
-    """Read, check and lower an adapter -> its runtime forms and the hash of its tensor bytes.
+class Recipes:
+    """Plans of adapters, and where their tensors lie, by `PeftFolder.recipe`.
 
-    With `digest`, the folder must still be what it was when it was registered. Raises
-    AdapterError (code "adapter_changed") if not, and as `plan` does. With `room`, the forms may
-    lie in the buffer it gives; `rest` is called between bits of work.
+    Thousands of adapters come from few training scripts, and to check a config and hundreds of
+    names takes longer than to read the tensors. Without a base, only the method is known. Any
+    thread may ask: at worst a plan is made twice.
     """
-    with PeftFolder(folder, limits) as files:
-        if digest is not None and files.digest != digest:
-            raise changed(folder)
-        plan(files.header, base, limits)
-        tensors, content = files.tensors(room, rest)
-        config = files.header.config
-    return adapter_format(config).lower(config, tensors, base), content
+
+    def __init__(self, base: BaseInfo | None, limits: Limits | None = None) -> None:
+        self._base = base
+        self._limits = limits or Limits()
+        self._known: dict[str, tuple[AdapterPlan, Entries]] = {}
+
+    def plan(self, files: PeftFolder) -> AdapterPlan:
+        """As `peft.plan`."""
+        return self._of(files)[0]
+
+    def read(
+        self,
+        folder: str | Path,
+        digest: str | None = None,
+        room: Room | None = None,
+        rest: Callable[[], None] = lambda: None,
+    ) -> tuple[Lowered, str]:
+        """Read, check and lower an adapter -> its runtime forms and the hash of its tensor bytes.
+
+        With `digest`, the folder must still be what it was when it was registered. Raises
+        AdapterError (code "adapter_changed") if not, and as `plan` does. With `room`, the forms
+        may lie in the buffer it gives; `rest` is called between bits of work.
+        """
+        with PeftFolder(folder, self._limits) as files:
+            if digest is not None and files.digest != digest:
+                raise changed(folder)
+            plan, entries = self._of(files)
+            tensors, largest, content = files.tensors(room, rest, entries)
+        return FORMATS[plan.method.upper()].lower(plan, tensors, largest), content
+
+    def _of(self, files: PeftFolder) -> tuple[AdapterPlan, Entries]:
+        known = self._known.get(files.recipe)
+        if known is None:
+            if self._base is not None:
+                planned = plan(files.header, self._base, self._limits)
+            else:
+                method = adapter_format(files.header.config)
+                method.check(files.header.config)
+                planned = AdapterPlan(method.peft_type.lower(), {})
+            if len(self._known) >= _RECIPES:
+                self._known.clear()
+            known = self._known[files.recipe] = planned, files.entries
+        return known
+
+
+def read(
+    folder: str | Path, base: BaseInfo, digest: str | None = None, limits: Limits | None = None
+) -> tuple[Lowered, str]:
+    """`Recipes.read` of one folder."""
+    return Recipes(base, limits).read(folder, digest)
 
 
 def changed(folder: str | Path) -> AdapterError:
@@ -328,23 +365,26 @@ def _hash(*parts: bytes) -> str:
     return digest.hexdigest()
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    """No NaN and no Inf. In numpy, piece by piece: torch would wake a thread on every core for it,
-    and those are busy with other people's requests."""
+def largest_magnitude(tensor: torch.Tensor, rest: Callable[[], None] = lambda: None) -> float:
+    """Of its numbers; NaN or infinite if one of them is. In numpy, piece by piece: torch would wake a
+    thread on every core for it, and those are busy with other people's requests."""
     import numpy as np
     import torch
 
     flat = tensor.reshape(-1)
     if flat.dtype == torch.float32:
-        values = flat.numpy()
-        return all(
-            math.isfinite(values[i : i + _PIECE].max()) and math.isfinite(values[i : i + _PIECE].min())
-            for i in range(0, len(values), _PIECE)
-        )
-    # without the sign: all ones in the exponent, or more, is not a number
-    bits = flat.view(torch.int16).numpy().view(np.uint16)
-    limit = 0x7F80 << 1 if flat.dtype == torch.bfloat16 else 0x7C00 << 1
-    return all((bits[i : i + _PIECE] << 1).max() < limit for i in range(0, len(bits), _PIECE))
+        values, top = flat.numpy(), np.float32(0)
+        for i in range(0, len(values), _PIECE):
+            piece = values[i : i + _PIECE]
+            top = np.maximum(top, np.maximum(piece.max(), -piece.min()))  # NaN stays
+            rest()
+        return float(top)
+    # without their signs, 16-bit numbers are ordered as integers are, and NaN lies above all
+    bits, most = flat.view(torch.int16).numpy(), 0
+    for i in range(0, len(bits), _PIECE):
+        most = max(most, int((bits[i : i + _PIECE] & 0x7FFF).max()))
+        rest()
+    return torch.tensor([most], dtype=torch.int16).view(flat.dtype).item()
 
 
 def _stamp(config: os.stat_result, tensors: os.stat_result) -> str:

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from chiliad.adapters import peft
-from chiliad.adapters.base import AdapterPlan
 from chiliad.core import AdapterVersion, BaseInfo
 from chiliad.errors import (
     AdapterError,
@@ -149,7 +148,7 @@ class Registry:
         self.base = base
         self._limits = limits or peft.Limits()
         self._lock = threading.RLock()
-        self._plans: dict[str, AdapterPlan] = {}  # by recipe: a scan meets few, thousands of times
+        self._recipes = peft.Recipes(base, self._limits)
         self._counted: dict[sqlite3.Connection, tuple[int, int]] = {}  # state of the database, count
         self._path = path
         self._open: list[sqlite3.Connection] = []
@@ -453,11 +452,7 @@ class Registry:
     def _inspect(self, folder: str | Path, name: str, origin: str) -> _Row:
         """Read config and header, and check them against the base."""
         with peft.PeftFolder(folder, self._limits) as files:
-            plan = self._plans.get(files.recipe)
-            if plan is None:
-                if len(self._plans) >= 1024:
-                    self._plans.clear()
-                plan = self._plans[files.recipe] = self._plan(files.header)
+            plan = self._recipes.plan(files)
         ranks: tuple[int, ...] = ()
         fingerprint = base_name = ""
         if self.base is not None:
@@ -466,13 +461,6 @@ class Registry:
         adapter = AdapterVersion(name, 0, files.digest, str(files.path), files.nbytes, ranks)
         entry = Entry(adapter, plan.method, plan.max_rank, fingerprint, base_name, origin, 0.0, 0.0)
         return _Row(entry, files.stamp)
-
-    def _plan(self, header: peft.Header) -> AdapterPlan:
-        if self.base is not None:
-            return peft.plan(header, self.base, self._limits)
-        method = peft.adapter_format(header.config)
-        method.check(header.config)
-        return AdapterPlan(method.peft_type.lower(), {})
 
     def _insert(self, row: _Row) -> AdapterVersion:
         """Make `row` the newest version of its name, unless it already is. Inside a transaction.

@@ -12,6 +12,7 @@ Everything is keyed by the digest: two names of one folder share their rows.
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import threading
 import time
@@ -28,7 +29,6 @@ from chiliad.adapters.residency import Done, Entry, Residents
 from chiliad.core import AdapterUse, AdapterVersion, BaseInfo
 from chiliad.errors import AdapterError, ChiliadError, InvalidAdapter, OutOfMemory
 from chiliad.kernels.base import AdapterRows, Kernels, LowRankRows
-from chiliad.kernels.reference import int8_rows
 from chiliad.memory.arena import Arena, Packing, pack_rows
 from chiliad.memory.pool import PagePool
 from chiliad.observe import EngineMetrics
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 _COMPOSED = 1024  # compositions whose rows are kept ready
 _SHARE = 0.2  # of a core that a loader takes while the engine computes
 _STINT = 5e-4  # seconds of work between two rests
+_WRITTEN = 2**19  # numbers written between two rests, at least
+_PACKINGS = 64  # remembered: adapters of one training script have the same ranks
 _ROOM = 2**26  # bytes of file contents for which a loader thread keeps its buffer
 
 
@@ -66,8 +68,9 @@ class AdapterStore(Residents):
         self._arena, self._kernels, self._base = arena, kernels, base
         self._dtype = dtype
         self._limits = limits or peft.Limits()
+        self._recipes = peft.Recipes(base, self._limits)
+        self._pack = functools.lru_cache(_PACKINGS)(self._pack_ranks)
         self._on_ready = on_ready
-        self._bytes = arena.buffer.numpy()  # a view: what loaders write through
         self._composed: collections.OrderedDict[tuple[tuple[str, float], ...], AdapterRows] = (
             collections.OrderedDict()
         )
@@ -129,10 +132,10 @@ class AdapterStore(Residents):
 
         Raises InvalidAdapter, AdapterMismatch or AdapterTooLarge.
         """
-        plan = peft.plan(peft.read_header(folder, self._limits), self._base, self._limits)
-        ranks = tuple(plan.low_rank.get(slot, 0) for slot in range(len(self._base.sites)))
-        self._refuse_giant(self._pack(ranks).num_pages, f"in {folder}")
-        peft.read(folder, self._base, limits=self._limits)
+        with peft.PeftFolder(folder, self._limits) as files:
+            plan = self._recipes.plan(files)
+        self._refuse_giant(self._pack(self._by_slot(plan)).num_pages, f"in {folder}")
+        self._recipes.read(folder)
         return plan
 
     # -- residency.Residents -------------------------------------------------------------
@@ -161,11 +164,13 @@ class AdapterStore(Residents):
     def _ranks(self, version: AdapterVersion) -> tuple[int, ...]:
         if len(version.ranks) == len(self._base.sites):
             return version.ranks
-        # registered without a base: look now
-        plan = peft.plan(peft.read_header(version.path, self._limits), self._base, self._limits)
+        with peft.PeftFolder(version.path, self._limits) as files:  # registered without a base: look now
+            return self._by_slot(self._recipes.plan(files))
+
+    def _by_slot(self, plan: AdapterPlan) -> tuple[int, ...]:
         return tuple(plan.low_rank.get(slot, 0) for slot in range(len(self._base.sites)))
 
-    def _pack(self, ranks: Sequence[int]) -> Packing:
+    def _pack_ranks(self, ranks: tuple[int, ...]) -> Packing:
         """Where rows lie in pages: per slot the rows of A, then those of B."""
         runs = [
             (rank, features * self._dtype.itemsize)
@@ -179,9 +184,7 @@ class AdapterStore(Residents):
         rows, content, error, began = None, "", None, self._clock()
         self._local.rested = time.thread_time()
         try:
-            lowered, content = peft.read(
-                version.path, self._base, version.digest, self._limits, self._room, self._rest
-            )
+            lowered, content = self._recipes.read(version.path, version.digest, self._room, self._rest)
             rows = self._write(lowered, pages)
         except ChiliadError as refused:
             error = refused
@@ -199,33 +202,28 @@ class AdapterStore(Residents):
     def _write(self, lowered: Lowered, pages: np.ndarray) -> AdapterRows:
         """Copy rows into pages (loader thread)."""
         slots = sorted(lowered.low_rank)
-        ranks = [0] * len(self._base.sites)
-        for slot in slots:
-            ranks[slot] = len(lowered.low_rank[slot].a)
-        packing = self._pack(ranks)
+        ranks = {slot: len(lowered.low_rank[slot].a) for slot in slots}
+        packing = self._pack(tuple(ranks.get(slot, 0) for slot in range(len(self._base.sites))))
         assert packing.num_pages == len(pages), "what was reserved is not what was read"
-        offsets, pieces, starts = packing.offsets(pages), iter(packing.pieces), pages.tolist()
+        offsets = packing.offsets(pages)
+        scale = np.empty(len(offsets), np.float32)
+        matrices: list[tuple[torch.Tensor, float]] = []
+        begin = end = numbers = 0
+        for slot in slots:
+            pair = lowered.low_rank[slot]
+            matrices += (pair.a, 1.0), (pair.b, pair.scale)
+            end += 2 * ranks[slot]
+            numbers += pair.a.numel() + pair.b.numel()
+            if numbers > _WRITTEN or slot == slots[-1]:
+                scale[begin:end] = self._kernels.write_rows(matrices, offsets[begin:end], self._dtype)
+                matrices, begin, numbers = [], end, 0
+                self._rest()
         low_rank, first = {}, 0
         for slot in slots:
-            self._rest()
-            pair, rank = lowered.low_rank[slot], ranks[slot]
-            scale: np.ndarray = np.ones(rank, np.float32)
-            for rows in (pair.a, pair.b):
-                done = 0
-                while done < rank:  # a page at most: for so little torch wakes no other threads
-                    page, offset, count, stride = next(pieces)
-                    piece = rows[done : done + count]
-                    if self._dtype == torch.int8:
-                        piece, scales = int8_rows(piece)
-                        scale[done : done + count] *= scales.numpy()
-                    source = piece.to(self._dtype).contiguous().view(torch.uint8).numpy()
-                    at = starts[page] * packing.page_bytes + offset
-                    place = self._bytes[at : at + count * stride].reshape(count, stride)
-                    place[:, : source.shape[1]] = source
-                    done += count
-            a, b = offsets[first : first + rank], offsets[first + rank : first + 2 * rank]
-            low_rank[slot] = LowRankRows(a, b, scale)
-            first += 2 * rank
+            middle, last = first + ranks[slot], first + 2 * ranks[slot]
+            of_both = scale[first:middle] * scale[middle:last]
+            low_rank[slot] = LowRankRows(offsets[first:middle], offsets[middle:last], of_both)
+            first = last
         return AdapterRows(low_rank, {}, self._dtype)
 
     def _room(self, nbytes: int) -> torch.Tensor:

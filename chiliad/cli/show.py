@@ -9,8 +9,6 @@ from typing import Any
 
 import click
 
-from chiliad.errors import ChiliadError
-
 
 def print_json(data: Any) -> None:
     import orjson
@@ -58,5 +56,5 @@ def size(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def complain(error: ChiliadError) -> None:
-    click.secho(f"error: {error.message}", fg="red", err=True)
+def complain(error: Exception) -> None:
+    click.secho(f"error: {error}", fg="red", err=True)

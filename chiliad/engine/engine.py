@@ -179,7 +179,12 @@ class Engine:
         return future
 
     def check(self, request: Request) -> None:
-        """Validate against the model; raises InvalidRequest or ContextLengthExceeded."""
+        """Validate against the model; raises InvalidRequest or ContextLengthExceeded.
+
+        After the engine's end it raises what that was.
+        """
+        if self._ended is not None:
+            raise self._ended
         params, vocab = request.params, self.model.arch.vocab
         if not request.prompt:
             raise InvalidRequest("the prompt is empty: send at least one token", param="prompt")

@@ -27,7 +27,7 @@ from chiliad.core import (
     Usage,
 )
 from chiliad.engine.engine import Engine
-from chiliad.errors import ChiliadError, InvalidRequest
+from chiliad.errors import InvalidRequest
 from chiliad.models import load_model
 
 Prompt = str | Sequence[int]
@@ -57,7 +57,7 @@ class Output:
     choices: list[Completion]
     prompt_logprobs: list[TokenLogprob | None] | None = None
     usage: Usage = field(default_factory=lambda: Usage(0, 0))
-    error: ChiliadError | None = None
+    error: Exception | None = None
 
     @property
     def text(self) -> str:

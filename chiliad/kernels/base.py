@@ -263,6 +263,17 @@ class Kernels(Protocol):
     def bind_arena(self, arena: Tensor, layout: KVLayout) -> None:
         """Give the implementation the arena (uint8 [num_bytes], 64-byte aligned) and its geometry."""
 
+    def write_rows(
+        self, matrices: Sequence[tuple[Tensor, float]], offsets: np.ndarray, dtype: torch.dtype
+    ) -> np.ndarray:
+        """Put an adapter's rank rows where they belong; on any thread, beside the engine's.
+
+        matrices: each [rows, features], finite float32, float16 or bfloat16 of any strides, with a
+        factor; offsets: int64, a byte offset into the arena for each row of each matrix in turn.
+        Returns float32, for each row what its stored numbers are to be multiplied by: 1, or with
+        int8 a 127th of the row's largest magnitude.
+        """
+
     def prepare_adapter(self, rows: AdapterRows) -> AdapterRows:
         """Return rows with `native` filled in (called once when an adapter becomes resident)."""
 

@@ -8,6 +8,7 @@ row addresses, a step's tables.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,8 +32,9 @@ from chiliad.kernels.base import (
 )
 from chiliad.kernels.reference import ReferenceKernels, fitted
 
-# Codes of the enums in csrc/batch.h and csrc/linear.h.
+# Codes of the enums in csrc/batch.h, csrc/write_rows.h and csrc/linear.h.
 _DTYPES = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
+_FILE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NORMS = {"rms": 1, "layer": 2}
 _ACTIVATIONS = {None: 0, "silu_mul": 1, "gelu_tanh_mul": 2, "gelu_tanh": 3, "gelu": 4}
 _NO_NORM = (0, 0, 0, 0.0)
@@ -199,6 +201,16 @@ class CpuKernels(ReferenceKernels):
             list(spec.slots),
         )
         return CpuLinear(spec, native.nbytes, native)
+
+    def write_rows(
+        self, matrices: Sequence[tuple[Tensor, float]], offsets: np.ndarray, dtype: torch.dtype
+    ) -> np.ndarray:
+        scale = np.empty(len(offsets), np.float32)
+        described = [
+            (m.data_ptr(), _FILE_TYPES[m.dtype], *m.shape, *m.stride(), factor) for m, factor in matrices
+        ]
+        self._core.write_rows(described, offsets, _name(dtype), scale.ctypes.data)
+        return scale
 
     # -- ops -----------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ also what runs where no compiled core is installed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,21 @@ class ReferenceKernels:
 
     def bind_arena(self, arena: Tensor, layout: KVLayout) -> None:
         self._arena, self._layout = arena, layout
+
+    def write_rows(
+        self, matrices: Sequence[tuple[Tensor, float]], offsets: np.ndarray, dtype: torch.dtype
+    ) -> np.ndarray:
+        assert self._arena is not None, "bind_arena comes first"
+        places, scales = iter(offsets.tolist()), []
+        for matrix, factor in matrices:
+            rows = matrix.float() * factor
+            scale = torch.ones(len(rows))
+            if dtype == torch.int8:
+                rows, scale = int8_rows(rows)
+            for row, at in zip(rows.to(dtype).contiguous().view(torch.uint8), places, strict=False):
+                self._arena[at : at + len(row)] = row
+            scales.append(scale)
+        return torch.cat(scales).numpy()
 
     def prepare_adapter(self, rows: AdapterRows) -> AdapterRows:
         return rows

@@ -66,9 +66,6 @@ class Packing:
     page_bytes: int
     page_index: np.ndarray  # int64 [rows]
     offset: np.ndarray  # int64 [rows]
-    #: rows that lie side by side: (page, offset of the first, rows, bytes from one to the next),
-    #: in order; a piece never holds rows of two runs
-    pieces: list[tuple[int, int, int, int]]
 
     def offsets(self, pages: np.ndarray) -> np.ndarray:
         """Byte offsets into the arena -> int64 [rows], given the pages taken (int32 [num_pages])."""
@@ -102,4 +99,4 @@ def pack_rows(runs: Sequence[tuple[int, int]], page_bytes: int) -> Packing:
     pages, firsts, counts, strides = np.array(pieces, np.int64).reshape(-1, 4).T
     within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
     offset = np.repeat(firsts, counts) + within * np.repeat(strides, counts)
-    return Packing(page + 1, page_bytes, np.repeat(pages, counts), offset, pieces)
+    return Packing(page + 1, page_bytes, np.repeat(pages, counts), offset)

@@ -62,12 +62,13 @@ def test_the_corpus_is_large(corpus: dict[str, Bad]) -> None:
 def test_tensors_equal_those_of_safetensors(dtype: torch.dtype, tmp_path: Path) -> None:
     write_random_adapter(tmp_path, BASE, 3, "all-linear", dtype=str(dtype).removeprefix("torch."))
     with peft.PeftFolder(tmp_path) as files:
-        tensors, _ = files.tensors()
+        tensors, largest, _ = files.tensors()
     expected = safetensors.torch.load_file(tmp_path / peft.TENSOR_FILE)
     assert tensors.keys() == expected.keys()
     for name, tensor in expected.items():
         assert tensors[name].dtype == dtype
         assert torch.equal(tensors[name], tensor)
+    assert largest == max(float(tensor.abs().max()) for tensor in expected.values())
 
 
 def test_mixed_dtypes_at_odd_offsets(tmp_path: Path) -> None:
@@ -83,7 +84,8 @@ def test_mixed_dtypes_at_odd_offsets(tmp_path: Path) -> None:
     data = half.view(torch.uint8).numpy().tobytes() + full.view(torch.uint8).numpy().tobytes()
     (tmp_path / peft.TENSOR_FILE).write_bytes(len(text).to_bytes(8, "little") + text + data)
     with peft.PeftFolder(tmp_path) as files:
-        tensors, _ = files.tensors()
+        tensors, largest, _ = files.tensors()
+    assert largest == 5
     assert torch.equal(tensors["a"], half)
     assert torch.equal(tensors["b"], full[:, None])
 

@@ -3,11 +3,13 @@
 // thrown (KernelError, std::bad_alloc, ...), never aborts.
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 
 #include "bind.h"
+#include "write_rows.h"
 
 namespace nb = nanobind;
 using namespace chiliad;
@@ -73,6 +75,26 @@ void elementwise(Adapter& adapter, int slot, std::int64_t d, std::int64_t g, std
   if (static_cast<int>(adapter.elementwise_at.size()) <= slot) adapter.elementwise_at.resize(slot + 1, -1);
   adapter.elementwise_at[slot] = static_cast<int>(adapter.elementwises.size());
   adapter.elementwises.push_back({d, g, c});
+}
+
+// (address, file type, rows, columns, row stride, column stride, factor)
+using MatrixTuple = std::tuple<std::uintptr_t, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, float>;
+
+void write_rows_from(Kernels& kernels, const std::vector<MatrixTuple>& tuples, Int64s offsets, const std::string& dtype,
+                     std::uintptr_t scale) {
+  const DType to = dtype_of(dtype);
+  if (to == DType::int4) refuse("adapter rows must be float32, bfloat16 or int8");
+  std::vector<Matrix> matrices;
+  std::int64_t rows = 0;
+  for (const auto& [data, type, count, columns, row_stride, column_stride, factor] : tuples) {
+    matrices.push_back({reinterpret_cast<const void*>(data), static_cast<FileType>(type), count, columns, row_stride,
+                        column_stride, factor});
+    rows += count;
+  }
+  if (static_cast<std::int64_t>(offsets.shape(0)) != rows) refuse("write_rows needs an offset for every row");
+  const std::int64_t* at = offsets.data();
+  nb::gil_scoped_release release;
+  write_rows(kernels, matrices, at, to, reinterpret_cast<float*>(scale));
 }
 
 // A Step with the Python objects it points into.
@@ -142,7 +164,8 @@ NB_MODULE(_core, m) {
       .def(nb::init<const std::string&, int>())
       .def_prop_ro("isa", [](const Kernels& kernels) { return std::string(isa_name(kernels.isa)); })
       .def_prop_ro("threads", [](const Kernels& kernels) { return kernels.threads.size(); })
-      .def("bind_arena", &bind_arena);
+      .def("bind_arena", &bind_arena)
+      .def("write_rows", &write_rows_from);
   nb::class_<Adapter>(m, "Adapter")
       .def("__init__", &adapter_init)
       .def("low_rank", &low_rank)
