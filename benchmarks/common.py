@@ -514,9 +514,10 @@ def drive(
         engine = Engine(model, kernels, registry, config, events.extend)
         stack.callback(engine.close)
         driver = Drive(engine, events)
-        driver.one(None, 40, 4)  # first touches, lazy imports
+        engine.touch_ahead().wait()  # as the server does
+        driver.one(None, 40, 4)  # lazy imports
         driver.timings.clear()
         gc.collect()
-        gc.freeze()  # as the server does
+        gc.freeze()  # this too
         stack.callback(gc.unfreeze)
         yield driver

@@ -61,7 +61,7 @@ Room = Callable[[int], "torch.Tensor"]
 #: Tensors by name, each with the byte of the file's data part where it begins
 Entries = Mapping[str, tuple[TensorHeader, int]]
 
-_PIECE = 2**17  # bytes or numbers between two rests: a tenth of a millisecond
+_PIECE = 2**20  # bytes or numbers between two rests: about half a millisecond
 _RECIPES = 128  # remembered: of one of a large model, half a megabyte
 
 

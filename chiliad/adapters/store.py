@@ -36,7 +36,7 @@ from chiliad.observe import EngineMetrics
 log = logging.getLogger(__name__)
 
 _COMPOSED = 1024  # compositions whose rows are kept ready
-_SHARE = 0.2  # of a core that a loader takes while the engine computes
+_SHARE = 0.1  # of a core that a loader takes while the engine computes
 _STINT = 5e-4  # seconds of work between two rests
 _WRITTEN = 2**19  # numbers written between two rests, at least
 _PACKINGS = 64  # remembered: adapters of one training script have the same ranks
@@ -238,7 +238,7 @@ class AdapterStore(Residents):
     def _rest(self) -> None:
         """While the engine computes, a loader thread pauses after every bit of work.
 
-        Alone it takes a fifth of a core, so that those who decode hardly notice; the more loads
+        Alone it takes a tenth of a core, so that those who decode hardly notice; the more loads
         wait, the larger the share, so that the queue does not wait for the disk's sake.
         """
         now = time.thread_time()

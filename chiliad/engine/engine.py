@@ -47,7 +47,7 @@ from chiliad.errors import (
     ModelNotFound,
     Unavailable,
 )
-from chiliad.memory.arena import Arena
+from chiliad.memory.arena import Arena, TouchAhead
 from chiliad.memory.kv import kv_layout
 from chiliad.memory.pool import PagePool
 from chiliad.memory.swap import SwapSpace
@@ -148,9 +148,24 @@ class Engine:
         self._events: list[Event] = []
         # digests removed lately, though requests that resolved them before may still come
         self._removed: collections.OrderedDict[str, None] = collections.OrderedDict()
+        self._touching: TouchAhead | None = None
         self._ended: ChiliadError | None = None  # once the loop has ended: what to tell who comes late
 
     # -- from any thread -----------------------------------------------------------------
+
+    def touch_ahead(self) -> threading.Event:
+        """Have all memory of the pool ready before it is used; the event says when it is.
+
+        For those who serve: it takes memory that a short life never needs.
+        """
+        self._touching = TouchAhead(
+            self.arena.nbytes,
+            lambda: sum(self.pool.peaks().values()) * self.layout.page_bytes,
+            lambda: self.store.busy,
+            self.kernels.touch_arena,
+        )
+        self._touching.start()
+        return self._touching.ended
 
     def submit(self, request: Request) -> None:
         """Check a request and queue it. Raises ChiliadError at once when it can never run."""
@@ -430,6 +445,8 @@ class Engine:
         for request_id in live:
             self.scheduler.cancel(request_id)
         self.store.close()
+        if self._touching is not None:
+            self._touching.stop()
 
     def stats(self, registered: int | None = None) -> EngineStats:
         """A look between two steps (call it on the engine thread, through `call`).

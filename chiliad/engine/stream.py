@@ -47,6 +47,7 @@ class AsyncEngine:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="chiliad-engine", daemon=True)
         self._thread.start()
+        self.engine.touch_ahead()
 
     async def drain(self, timeout: float) -> None:
         """Refuse new requests; wait for the running ones, at most `timeout` seconds."""

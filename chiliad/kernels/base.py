@@ -263,6 +263,13 @@ class Kernels(Protocol):
     def bind_arena(self, arena: Tensor, layout: KVLayout) -> None:
         """Give the implementation the arena (uint8 [num_bytes], 64-byte aligned) and its geometry."""
 
+    def touch_arena(self, begin: int, end: int) -> None:
+        """Have the system give the arena's bytes [begin, end) their memory now, on idle processors.
+
+        Blocks until then. What the bytes hold stays, and others may use them meanwhile. An
+        implementation that cannot do it does nothing.
+        """
+
     def write_rows(
         self, matrices: Sequence[tuple[Tensor, float]], offsets: np.ndarray, dtype: torch.dtype
     ) -> np.ndarray:

@@ -202,6 +202,9 @@ class CpuKernels(ReferenceKernels):
         )
         return CpuLinear(spec, native.nbytes, native)
 
+    def touch_arena(self, begin: int, end: int) -> None:
+        self._core.touch_arena(begin, end)
+
     def write_rows(
         self, matrices: Sequence[tuple[Tensor, float]], offsets: np.ndarray, dtype: torch.dtype
     ) -> np.ndarray:

@@ -82,6 +82,9 @@ class ReferenceKernels:
     def bind_arena(self, arena: Tensor, layout: KVLayout) -> None:
         self._arena, self._layout = arena, layout
 
+    def touch_arena(self, begin: int, end: int) -> None:
+        pass
+
     def write_rows(
         self, matrices: Sequence[tuple[Tensor, float]], offsets: np.ndarray, dtype: torch.dtype
     ) -> np.ndarray:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,47 @@ class Arena:
         if offset < 0 or offset + nbytes > self.nbytes:
             raise IndexError(f"bytes {offset}..{offset + nbytes} lie outside an arena of {self.nbytes}")
         return self.buffer[offset : offset + nbytes].view(dtype).view(*shape)
+
+
+class TouchAhead(threading.Thread):
+    """Has the system give an arena its memory before somebody waits for it.
+
+    To clear a huge page takes the system up to 8 ms (on a virtual machine that gets it from its
+    host), in the middle of a step or of a load beside one. A busy server comes to use all of its
+    pool, as caches fill it. So this thread touches all while nobody computes, low pages first as
+    they are given out (`pool.py`), and at least `AHEAD` more than was ever in use if somebody
+    always does.
+    """
+
+    AHEAD = 128 * 2**20  # bytes
+
+    def __init__(
+        self,
+        nbytes: int,
+        used: Callable[[], int],
+        busy: Callable[[], bool],
+        touch: Callable[[int, int], None],
+    ) -> None:
+        """nbytes: of the arena. used: bytes that were in use at most. busy: whether somebody
+        computes. touch: `Kernels.touch_arena`."""
+        super().__init__(name="touch-ahead", daemon=True)
+        self._nbytes, self._used, self._busy, self._touch = nbytes, used, busy, touch
+        self._stop_now = threading.Event()
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        done = 0
+        while done < self._nbytes and not self._stop_now.wait(0.1 if done else 0):
+            needed = min(self._nbytes, self._used() + self.AHEAD)
+            while done < (needed if self._busy() else self._nbytes) and not self._stop_now.is_set():
+                end = min(self._nbytes, done + _HUGE)
+                self._touch(done, end)
+                done = end
+        self.ended.set()
+
+    def stop(self) -> None:
+        self._stop_now.set()
+        self.join()
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,11 @@ void write_rows_from(Kernels& kernels, const std::vector<MatrixTuple>& tuples, I
   write_rows(kernels, matrices, at, to, reinterpret_cast<float*>(scale));
 }
 
+void touch_arena(Kernels& kernels, std::int64_t begin, std::int64_t end) {
+  if (begin < 0 || end < begin || end > kernels.arena.bytes) refuse("these bytes are not in the arena");
+  touch(kernels.arena.data + begin, end - begin);
+}
+
 // A Step with the Python objects it points into.
 struct StepHandle : Step {
   std::vector<nb::object> kept;
@@ -165,7 +170,8 @@ NB_MODULE(_core, m) {
       .def_prop_ro("isa", [](const Kernels& kernels) { return std::string(isa_name(kernels.isa)); })
       .def_prop_ro("threads", [](const Kernels& kernels) { return kernels.threads.size(); })
       .def("bind_arena", &bind_arena)
-      .def("write_rows", &write_rows_from);
+      .def("write_rows", &write_rows_from)
+      .def("touch_arena", &touch_arena, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Adapter>(m, "Adapter")
       .def("__init__", &adapter_init)
       .def("low_rank", &low_rank)

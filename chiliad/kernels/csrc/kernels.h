@@ -27,6 +27,10 @@ struct Freed {
 using Bytes = std::unique_ptr<std::byte, Freed>;
 Bytes allocate(std::size_t bytes);  // throws std::bad_alloc
 
+// Have the system give these bytes their memory now, when nobody else wants the processor. What
+// is in them stays, and others may use them meanwhile.
+void touch(std::uint8_t* data, std::size_t bytes);
+
 class Kernels {
  public:
   Kernels(const std::string& isa, int threads) : isa(choose_isa(isa)), threads(threads) {}
