@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ from msgspec.structs import replace  # noqa: E402
 from chiliad.adapters.registry import Registry  # noqa: E402
 from chiliad.bench import plan as planning  # noqa: E402
 from chiliad.bench.client import Target  # noqa: E402
+from chiliad.bench.report import Outcome  # noqa: E402
 from chiliad.bench.serve import Client  # noqa: E402
 from chiliad.bench.serve import run as replay  # noqa: E402
 from chiliad.bench.workload import Trace  # noqa: E402
@@ -325,6 +326,24 @@ def capacity(asker: Client, trace: Trace) -> float:
     _, result = replay(asker, flood)
     rate: float = result["request_throughput"]
     return rate
+
+
+def plot_waits(file: Path, curves: Mapping[str, list[Outcome]], panels: Sequence[str], slo: float) -> None:
+    """Shares of requests by time to first token; a curve goes to the panel whose name it holds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(panels), 4), layout="constrained")
+    for axis, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for name, outcomes in curves.items():
+            if panel in name:
+                waits = sorted(o.first for o in outcomes if o.first is not None)
+                axis.plot(waits, [(i + 1) / len(outcomes) for i in range(len(waits))], label=name)
+        if panel.startswith("cv"):
+            axis.axvline(slo, color="grey", linestyle=":")
+        axis.set(xlabel="seconds to the first token", xscale="log", ylim=(0, 1.02), title=panel)
+        axis.legend(frameon=False)
+    figure.axes[0].set(ylabel="share of requests")
+    figure.savefig(file)
 
 
 # -- an engine with a stopwatch ----------------------------------------------------------------

@@ -109,6 +109,7 @@ class EngineStats:
     adapters_loading: int
     adapters_pinned: int
     adapter_pages_idle: int  # of pages["adapter"]: room for whoever needs it
+    swap_pages: tuple[int, int]  # used and in all, beyond the pool
     distinct_adapters: int  # in the batch now
     oldest_wait: float  # seconds that the first of the queue has waited; 0 if nobody does
     running_adapters: tuple[str, ...]  # names, busiest first; may be cut short

@@ -14,7 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import Report, arguments, base_info, capacity, client, say, scratch, served, write_adapters
+from common import (
+    Report,
+    arguments,
+    base_info,
+    capacity,
+    client,
+    plot_waits,
+    say,
+    scratch,
+    served,
+    write_adapters,
+)
 
 from chiliad.bench.report import Outcome
 from chiliad.bench.serve import run
@@ -90,26 +101,8 @@ def main() -> None:
     report.target("mean TTFT, fcfs over clustered, cv 4", gains[4], 1.0, ">=")
     report.target("mean TTFT, fcfs over clustered, cv 1", gains[1], 0.95, ">=")
     if not args.quick:
-        plot(curves, args.slo)
+        plot_waits(Path(__file__).with_name("result.svg"), curves, ("cv 1", "cv 4"), args.slo)
     report.write()
-
-
-def plot(curves: dict[str, list[Outcome]], slo: float) -> None:
-    """Shares of requests by time to first token."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, panel in zip(axes, ("cv 1", "cv 4"), strict=True):
-        for name, outcomes in curves.items():
-            if name.endswith(panel):
-                waits = sorted(o.first for o in outcomes if o.first is not None)
-                axis.plot(waits, [(i + 1) / len(outcomes) for i in range(len(waits))], label=name)
-        axis.axvline(slo, color="grey", linestyle=":")
-        axis.set(xlabel="seconds to the first token", xscale="log", ylim=(0, 1.02), title=panel)
-        axis.legend(frameon=False)
-    axes[0].set(ylabel="share of requests")
-    figure.savefig(Path(__file__).parent / "result.svg")
 
 
 if __name__ == "__main__":

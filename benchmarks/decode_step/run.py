@@ -60,9 +60,10 @@ def interleaved(cases: dict[str, Callable[[], list[float]]], rounds: int) -> dic
 
 
 @contextmanager
-def stopwatch() -> Iterator[list[float]]:
-    """Seconds inside the C++ core, added up in the one item of the list."""
-    total, core = [0.0], cpu._core
+def stopwatch() -> Iterator[tuple[list[float], list[int], float]]:
+    """Seconds inside the C++ core and calls of it, each in the one item of a list; and the seconds that
+    the watch itself adds to the time outside for each call."""
+    total, calls, core = [0.0], [0], cpu._core
 
     class Timed:
         def __getattr__(self, name: str) -> Any:
@@ -71,6 +72,7 @@ def stopwatch() -> Iterator[list[float]]:
                 return thing
 
             def call(*args: Any) -> Any:
+                calls[0] += 1
                 began = time.perf_counter()
                 try:
                     return thing(*args)
@@ -80,23 +82,34 @@ def stopwatch() -> Iterator[list[float]]:
             setattr(self, name, call)
             return call
 
-    cpu._core = Timed()
+    cpu._core = timed = Timed()
+
+    def spent(function: Callable[[], Any], times: int = 20_000) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            function()
+        return (time.perf_counter() - began) / times
+
+    spent(lambda: timed.isas())
+    total[0], calls[0] = 0.0, 0
+    outside = spent(lambda: timed.isas()) - total[0] / calls[0]
+    own = outside - spent(lambda: None)
     try:
-        yield total
+        yield total, calls, own
     finally:
         cpu._core = core
 
 
 def python_share(driver: Drive, rows: Adapters, steps: int) -> float:
     """The part of a decode step that is not inside the C++ core."""
-    with stopwatch() as core:
+    with stopwatch() as (core, calls, own):
         for adapter in rows:
             driver.submit(adapter, PROMPT, steps)
         shares: list[float] = []
         while not driver.engine.idle:
-            before, began = core[0], time.perf_counter()
+            before, called, began = core[0], calls[0], time.perf_counter()
             driver.engine.step()
-            seconds = time.perf_counter() - began
+            seconds = time.perf_counter() - began - own * (calls[0] - called)
             shares.append(1 - (core[0] - before) / seconds)
             driver.step(0)  # events are read, another step goes by
         driver.timings.clear()

@@ -152,7 +152,11 @@ def server(args: argparse.Namespace, folder: Path, home: Path) -> Iterator[dict[
                 break
             except OSError:
                 time.sleep(0.005)
-        yield {"seconds": time.perf_counter() - began, "resident": resident_bytes(process.pid), "url": url}
+        seconds, resident = time.perf_counter() - began, 0
+        while (now := resident_bytes(process.pid)) > resident:  # until the pool's memory is all there
+            resident = now
+            time.sleep(1)
+        yield {"seconds": seconds, "resident": resident, "url": url}
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)

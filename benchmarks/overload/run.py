@@ -22,6 +22,7 @@ from common import (
     base_info,
     capacity,
     client,
+    plot_waits,
     quantile,
     say,
     scratch,
@@ -142,30 +143,11 @@ def main() -> None:
         jain = report.result["others and flood, vtc"]["fairness"]["jain_index"]
         report.target("vtc: Jain index", jain, 0.95, ">=")
         if not args.quick:
-            plot(curves, args.slo)
+            others = {
+                name: [o for o in outcomes if o.item.tenant != FLOOD] for name, outcomes in curves.items()
+            }
+            plot_waits(Path(__file__).with_name("result.svg"), others, ("cv 1", "cv 8", "others"), args.slo)
     report.write()
-
-
-def plot(curves: dict[str, list[Outcome]], slo: float) -> None:
-    """Shares of requests by time to first token."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    panels = ("cv 1", "cv 8", "others")
-    for axis, panel in zip(axes, panels, strict=True):
-        for name, outcomes in curves.items():
-            if panel not in name:
-                continue
-            mine = [o for o in outcomes if o.item.tenant != FLOOD]
-            waits = sorted(o.first for o in mine if o.first is not None)
-            axis.plot(waits, [(i + 1) / len(mine) for i in range(len(waits))], label=name)
-        if panel != "others":
-            axis.axvline(slo, color="grey", linestyle=":")
-        axis.set(xlabel="seconds to the first token", xscale="log", ylim=(0, 1.02), title=panel)
-        axis.legend(frameon=False)
-    axes[0].set(ylabel="share of requests")
-    figure.savefig(Path(__file__).parent / "result.svg")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ class Engine:
             metrics=self.metrics,
         )
         pages = self.arena.buffer.view(num_pages, self.layout.page_bytes).numpy()
+        self._swap = SwapSpace(pages, arch.layers, config.swap) if config.swap else None
         self.scheduler = Scheduler(
             config.scheduler,
             pool=self.pool,
@@ -138,7 +139,7 @@ class Engine:
             block_tokens=self.layout.block_tokens,
             max_model_len=self.max_model_len,
             metrics=self.metrics,
-            swap=SwapSpace(pages, arch.layers, config.swap) if config.swap else None,
+            swap=self._swap,
         )
         self._runner = Runner(model, kernels, self.store.rows)
         self._sink = sink
@@ -479,6 +480,7 @@ class Engine:
             adapters_loading=loading,
             adapters_pinned=self.store.count_pinned(),
             adapter_pages_idle=self.store.evictable_pages(),
+            swap_pages=(0, 0) if self._swap is None else (self._swap.used_pages, self._swap.num_pages),
             distinct_adapters=len(keys),
             oldest_wait=time.monotonic() - min(queued) if queued else 0.0,
             running_adapters=tuple(name for name, _ in running.most_common(64)),

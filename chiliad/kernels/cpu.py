@@ -148,8 +148,14 @@ class CpuKernels(ReferenceKernels):
     def prepare_adapter(self, rows: AdapterRows) -> AdapterRows:
         try:
             native = _core.Adapter(_name(rows.dtype))
-            for slot, low in rows.low_rank.items():
-                native.low_rank(slot, low.a, low.b, low.scale)
+            slots = sorted(rows.low_rank)
+            if slots:
+                lows = [rows.low_rank[slot] for slot in slots]
+                if any(not len(low.a) == len(low.b) == len(low.scale) for low in lows):
+                    raise KernelError("an adapter needs as many rows of A as of B as scales")
+                a, b, scale = ([getattr(low, name) for low in lows] for name in ("a", "b", "scale"))
+                ranks = [len(part) for part in a]
+                native.low_ranks(slots, ranks, np.concatenate(a), np.concatenate(b), np.concatenate(scale))
             for slot, vectors in rows.elementwise.items():
                 offsets = (-1 if o is None else o for o in (vectors.d, vectors.g, vectors.c))
                 native.elementwise(slot, *offsets)

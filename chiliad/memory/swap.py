@@ -48,6 +48,14 @@ class SwapSpace:
     def used_blocks(self) -> int:
         return self.num_blocks - len(self._free)
 
+    @property
+    def used_pages(self) -> int:
+        return self.used_blocks * self._space.shape[1]
+
+    @property
+    def num_pages(self) -> int:
+        return self.num_blocks * self._space.shape[1]
+
     def save(self, table: np.ndarray) -> list[int]:
         """Copy blocks out (their pages, int32 [n, num_layers]) -> their places; [] if there is no room."""
         if len(table) > len(self._free):

@@ -16,6 +16,7 @@ def pool_map(stats: EngineStats, settings: SchedulerConfig) -> dict[str, Any]:
         "pages_total": stats.pages_total,
         "page_bytes": stats.page_bytes,
         "pages": {use: stats.pages.get(use, 0) for use in ("free", "kv", "prefix", "adapter", "pinned")},
+        "swap_pages": dict(zip(("used", "total"), stats.swap_pages, strict=True)),
         "adapters": {
             "registered": stats.adapters_registered,
             "resident": stats.adapters_resident,
@@ -42,6 +43,7 @@ def pool_map(stats: EngineStats, settings: SchedulerConfig) -> dict[str, Any]:
             "mean_distinct_adapters": steps.mean,
             "adapters": list(stats.running_adapters),
             "preemptions": engine.preemptions,
+            "preemptions_swapped": engine.swaps,
         },
         "prefix_cache": {"queries": engine.prefix_queries, "hits": engine.prefix_hits},
     }

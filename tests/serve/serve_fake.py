@@ -142,6 +142,7 @@ class FakeEngine:
             adapters_loading=0,
             adapters_pinned=len(self.pinned),
             adapter_pages_idle=4,
+            swap_pages=(0, 0),
             distinct_adapters=2,
             oldest_wait=0.0,
             running_adapters=("a", "b"),

@@ -25,10 +25,10 @@ struct Arena {
 
 // y += sum_j scale[j] * (A_j . x) * B_j, rows at byte offsets in the arena.
 struct LowRank {
-  std::vector<std::int64_t> a, b;
-  std::vector<float> scale;
+  int rank = 0;                           // 0: the slot has none
   std::int64_t last_a = -1, last_b = -1;  // the largest offsets, for one bounds check per use
-  int rank() const { return static_cast<int>(a.size()); }
+  const std::int64_t *a = nullptr, *b = nullptr;  // [rank], in Adapter::numbers
+  const float* scale = nullptr;
 };
 
 // What elementwise vectors are stored as beside rank rows of a type.
@@ -39,16 +39,19 @@ struct Elementwise {
   std::int64_t d = -1, g = -1, c = -1;
 };
 
-// One adapter as the kernels see it. Lookup by slot is a table: -1 where it has nothing.
+// One adapter as the kernels see it. A step walks through the slots in their order, with weights
+// in between that push everything else out of the caches, so a slot's numbers follow each other
+// and those of the slot before.
 struct Adapter {
   DType dtype = DType::float32;  // of the rank rows
-  std::vector<int> low_rank_at, elementwise_at;
-  std::vector<LowRank> low_ranks;
+  std::vector<LowRank> low_ranks;        // by slot
+  std::vector<std::int64_t> numbers;     // by slot: offsets of A, of B, then the scales
+  std::vector<int> elementwise_at;       // by slot: -1 where it has nothing
   std::vector<Elementwise> elementwises;
 
   const LowRank* low_rank(int slot) const {
-    if (slot < 0 || slot >= static_cast<int>(low_rank_at.size()) || low_rank_at[slot] < 0) return nullptr;
-    return &low_ranks[low_rank_at[slot]];
+    if (slot < 0 || slot >= static_cast<int>(low_ranks.size()) || low_ranks[slot].rank == 0) return nullptr;
+    return &low_ranks[slot];
   }
   const Elementwise* elementwise(int slot) const {
     if (slot < 0 || slot >= static_cast<int>(elementwise_at.size()) || elementwise_at[slot] < 0) return nullptr;

@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "bind.h"
 #include "write_rows.h"
@@ -50,22 +51,34 @@ void adapter_init(Adapter* self, const std::string& dtype) {
   (new (self) Adapter())->dtype = rows;
 }
 
-void low_rank(Adapter& adapter, int slot, Int64s a, Int64s b, Floats scale) {
-  if (slot < 0 || a.shape(0) != b.shape(0) || a.shape(0) != scale.shape(0))
-    refuse("low_rank needs a slot >= 0 and as many a as b as scale");
-  LowRank rows;
-  rows.a.assign(a.data(), a.data() + a.shape(0));
-  rows.b.assign(b.data(), b.data() + b.shape(0));
-  rows.scale.assign(scale.data(), scale.data() + scale.shape(0));
-  for (std::size_t j = 0; j < rows.a.size(); ++j) {
-    if (rows.a[j] < 0 || rows.b[j] < 0 || rows.a[j] % 64 || rows.b[j] % 64)
-      refuse("rank rows must be 64-byte aligned offsets into the arena");
-    rows.last_a = std::max(rows.last_a, rows.a[j]);
-    rows.last_b = std::max(rows.last_b, rows.b[j]);
+// All slots at once, in rising order; the arrays hold one slot's rows after the other's.
+void low_ranks(Adapter& adapter, const std::vector<int>& slots, const std::vector<int>& ranks, Int64s a, Int64s b,
+               Floats scale) {
+  std::int64_t rows = 0;
+  for (int rank : ranks) rows += rank;
+  if (slots.size() != ranks.size() || static_cast<std::int64_t>(a.shape(0)) != rows ||
+      static_cast<std::int64_t>(b.shape(0)) != rows || static_cast<std::int64_t>(scale.shape(0)) != rows)
+    refuse("low_ranks needs a rank for every slot, and as many a as b as scale");
+  adapter.low_ranks.clear();
+  adapter.numbers.assign(2 * rows + (rows + 1) / 2 + slots.size(), 0);
+  std::int64_t *at = adapter.numbers.data(), row = 0;
+  for (std::size_t i = 0; i < slots.size(); ++i) {
+    if (slots[i] < static_cast<int>(adapter.low_ranks.size())) refuse("low_ranks needs slots >= 0 in rising order");
+    LowRank low{ranks[i], -1, -1, at, at + ranks[i], reinterpret_cast<const float*>(at + 2 * ranks[i])};
+    for (int j = 0; j < low.rank; ++j) {
+      if (a(row + j) < 0 || b(row + j) < 0 || a(row + j) % 64 || b(row + j) % 64)
+        refuse("rank rows must be 64-byte aligned offsets into the arena");
+      low.last_a = std::max(low.last_a, a(row + j));
+      low.last_b = std::max(low.last_b, b(row + j));
+    }
+    std::copy_n(a.data() + row, low.rank, at);
+    std::copy_n(b.data() + row, low.rank, at + low.rank);
+    std::memcpy(at + 2 * low.rank, scale.data() + row, sizeof(float) * low.rank);
+    at += 2 * low.rank + (low.rank + 1) / 2;
+    row += low.rank;
+    adapter.low_ranks.resize(slots[i]);
+    adapter.low_ranks.push_back(low);
   }
-  if (static_cast<int>(adapter.low_rank_at.size()) <= slot) adapter.low_rank_at.resize(slot + 1, -1);
-  adapter.low_rank_at[slot] = static_cast<int>(adapter.low_ranks.size());
-  adapter.low_ranks.push_back(std::move(rows));
 }
 
 void elementwise(Adapter& adapter, int slot, std::int64_t d, std::int64_t g, std::int64_t c) {
@@ -174,7 +187,7 @@ NB_MODULE(_core, m) {
       .def("touch_arena", &touch_arena, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<Adapter>(m, "Adapter")
       .def("__init__", &adapter_init)
-      .def("low_rank", &low_rank)
+      .def("low_ranks", &low_ranks)
       .def("elementwise", &elementwise);
   nb::class_<Step>(m, "StepBase");
   nb::class_<StepHandle, Step>(m, "Step").def("__init__", &step_init, nb::arg("num_tokens"),

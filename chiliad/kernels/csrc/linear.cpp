@@ -108,6 +108,14 @@ const std::uint8_t* vector_at(const Arena& arena, std::int64_t offset, int lengt
   return arena.data + offset;
 }
 
+// What the next linear of this adapter will ask for: `LowRank`s and numbers lie in the order of slots.
+void fetch_next(const LowRank& low) {
+  const auto* slots = reinterpret_cast<const char*>(&low + 1);
+  const auto* numbers = reinterpret_cast<const char*>(low.scale + low.rank);
+  for (int line = 0; line < 192; line += 64) __builtin_prefetch(slots + line, 0, 2);
+  for (int line = 0; line < 512; line += 64) __builtin_prefetch(numbers + line, 0, 2);
+}
+
 // Fills uses (sorted by projection, then row) and says whether any has d.
 bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* step, Plans& plans) {
   bool any_d = false;
@@ -121,7 +129,7 @@ bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* st
         const Adapter& adapter = *segment.adapter;
         const LowRank* low = adapter.low_rank(linear.slots[p]);
         const Elementwise* vectors = adapter.elementwise(linear.slots[p]);
-        if ((low == nullptr || low->rank() == 0) && vectors == nullptr) continue;
+        if (low == nullptr && vectors == nullptr) continue;
         const DType beside = vectors_beside(adapter.dtype);
         Use use{};
         use.start = segment.start;
@@ -129,13 +137,14 @@ bool collect_uses(const Arena& arena, const PackedLinear& linear, const Step* st
         use.first = first;
         use.size = linear.sizes[p];
         use.dtype = adapter.dtype;
-        if (low != nullptr && low->rank() > 0) {
+        if (low != nullptr) {
           vector_at(arena, low->last_a, linear.in_features, adapter.dtype);
           vector_at(arena, low->last_b, linear.sizes[p], adapter.dtype);
-          use.rank = low->rank();
-          use.a = low->a.data();
-          use.b = low->b.data();
-          use.scale = low->scale.data();
+          use.rank = low->rank;
+          use.a = low->a;
+          use.b = low->b;
+          use.scale = low->scale;
+          if (p + 1 == linear.sizes.size()) fetch_next(*low);
         }
         if (vectors != nullptr) {
           use.d = vector_at(arena, vectors->d, linear.in_features, beside);
