@@ -50,11 +50,11 @@ class SwapSpace:
 
     @property
     def used_pages(self) -> int:
-        return self.used_blocks * self._space.shape[1]
+        return self.used_blocks * int(self._space.shape[1])
 
     @property
     def num_pages(self) -> int:
-        return self.num_blocks * self._space.shape[1]
+        return self.num_blocks * int(self._space.shape[1])
 
     def save(self, table: np.ndarray) -> list[int]:
         """Copy blocks out (their pages, int32 [n, num_layers]) -> their places; [] if there is no room."""
