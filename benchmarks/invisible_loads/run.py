@@ -116,7 +116,7 @@ def first_tokens(driver: Drive, adapters: list[Any], report: Report) -> None:
 
 def main() -> None:
     args = arguments(
-        __doc__, quick={"loads": 8, "rounds": 1, "steps": 12}, loads=200, neighbours=16, rounds=3, steps=150
+        __doc__, quick={"loads": 8, "rounds": 1, "steps": 12}, loads=200, neighbours=16, rounds=3, steps=430
     )
     report = Report("Do others notice when adapters load?", args)
     with scratch(args) as root, drive(args, "2.5GB") as driver:

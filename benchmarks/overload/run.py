@@ -84,7 +84,7 @@ def firsts(outcomes: list[Outcome]) -> dict[str, float]:
 
 
 def main() -> None:
-    args = arguments(__doc__, quick={"seconds": 6.0, "slo": 1.0}, seconds=45.0, slo=4.0)
+    args = arguments(__doc__, quick={"seconds": 6.0, "slo": 1.0}, seconds=60.0, slo=4.0)
     report = Report("Who gets an answer in time when there are too many?", args)
     curves: dict[str, list[Outcome]] = {}
 
