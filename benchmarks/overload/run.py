@@ -37,7 +37,7 @@ from chiliad.bench.workload import Trace, synthetic
 ADAPTERS, RANK = 32, 16
 OTHERS, FLOOD = 10, "tenant-00"  # the flood sends ten times as much as each of the others
 KEYS = tuple(f"key-{i:02d}" for i in range(OTHERS + 1))
-SHORTER = ("--max-sequences", "48", "--max-step-tokens", "192")  # steps are what a newcomer waits for
+SHORTER = ("--max-sequences", "32", "--max-step-tokens", "128")  # steps are what a newcomer waits for
 KEPT = (
     "num_prompts",
     "completed",

@@ -71,6 +71,30 @@ def test_tensors_equal_those_of_safetensors(dtype: torch.dtype, tmp_path: Path) 
     assert largest == max(float(tensor.abs().max()) for tensor in expected.values())
 
 
+def test_one_recipe_is_checked_once_and_every_file_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [write_random_adapter(tmp_path / f"a{i}", BASE, 3, seed=i) for i in range(3)]
+    other = write_random_adapter(tmp_path / "other", BASE, 4, seed=9)
+    alone = [peft.read(folder, BASE) for folder in (*folders, other)]
+    recipes = peft.Recipes(BASE)
+    planned: list[object] = []
+    monkeypatch.setattr(peft, "plan", lambda *a, plan=peft.plan: planned.append(a) or plan(*a))
+    for folder, (expected, content) in zip((*folders, other), alone, strict=True):
+        lowered, hashed = recipes.read(folder)
+        assert hashed == content
+        assert lowered.low_rank.keys() == expected.low_rank.keys()
+        for slot, pair in expected.low_rank.items():
+            assert torch.equal(lowered.low_rank[slot].a, pair.a)
+            assert torch.equal(lowered.low_rank[slot].b, pair.b)
+    assert len(planned) == 2
+    # a file with the recipe of others is still looked at
+    file = folders[0] / peft.TENSOR_FILE
+    file.write_bytes(file.read_bytes()[:-4] + torch.tensor([float("nan")]).numpy().tobytes())
+    with pytest.raises(InvalidAdapter, match="NaN"):
+        recipes.read(folders[0])
+
+
 def test_mixed_dtypes_at_odd_offsets(tmp_path: Path) -> None:
     """The format promises no alignment: a float32 tensor may follow three bfloat16 numbers."""
     write_random_adapter(tmp_path, BASE, 1)

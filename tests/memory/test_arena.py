@@ -1,11 +1,15 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chiliad.errors import AdapterTooLarge, InvalidConfig
-from chiliad.memory.arena import ALIGN, Arena, pack_rows
+from chiliad.errors import AdapterTooLarge, InvalidConfig, KernelError
+from chiliad.kernels import load
+from chiliad.kernels.base import KVLayout
+from chiliad.memory.arena import ALIGN, Arena, TouchAhead, pack_rows
 from chiliad.memory.kv import BlockTable, kv_layout
 
 
@@ -115,3 +119,51 @@ def test_block_table_grows_and_clears() -> None:
     assert table.pages.tolist() == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
     assert table.clear().tolist() == list(range(12))
     assert table.clear().size == 0
+
+
+class TestTouchAhead:
+    SIZE = 40 * 2**20
+
+    def run(self, used: int, busy: bool, until: int) -> list[tuple[int, int]]:
+        """What it has touched once it has come to byte `until`."""
+        touched: list[tuple[int, int]] = []
+        there = threading.Event()
+
+        def touch(begin: int, end: int) -> None:
+            touched.append((begin, end))
+            if end >= until:
+                there.set()
+
+        thread = TouchAhead(self.SIZE, lambda: used, lambda: busy, touch)
+        thread.AHEAD = 8 * 2**20
+        thread.start()
+        assert there.wait(60)
+        thread.stop()
+        assert thread.ended.is_set()
+        return touched
+
+    def test_all_of_it_in_order_while_nobody_computes(self) -> None:
+        touched = self.run(used=0, busy=False, until=self.SIZE)
+        assert [begin for begin, _ in touched] == [0, *(end for _, end in touched[:-1])]
+        assert touched[-1][1] == self.SIZE
+
+    def test_what_is_needed_next_while_somebody_computes(self) -> None:
+        touched = self.run(used=10 * 2**20, busy=True, until=18 * 2**20)
+        assert touched[-1][1] == 18 * 2**20
+
+    def test_never_beyond_the_end(self) -> None:
+        assert self.run(used=self.SIZE, busy=True, until=self.SIZE)[-1][1] == self.SIZE
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+def test_touching_changes_nothing(kernels: str) -> None:
+    arena = Arena(3, 8192)
+    arena.buffer.copy_(torch.arange(arena.nbytes) % 251)
+    before = arena.buffer.clone()
+    op_table = load(kernels)
+    op_table.bind_arena(arena.buffer, KVLayout(1, 1, 16, 16, torch.float32, 8192))
+    op_table.touch_arena(0, arena.nbytes)
+    assert torch.equal(arena.buffer, before)
+    if op_table.name == "cpu":
+        with pytest.raises(KernelError, match="not in the arena"):
+            op_table.touch_arena(0, arena.nbytes + 1)
