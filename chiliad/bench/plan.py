@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
 from chiliad.bench.cost import CostModel, guess
-from chiliad.bench.simulate import AdapterSize, Geometry, simulate
+from chiliad.bench.replicas import Route, simulate_replicas
+from chiliad.bench.simulate import AdapterSize, Geometry
 from chiliad.bench.workload import Trace, expected_shares
 from chiliad.config import DType, EngineConfig
 from chiliad.core import Site
@@ -128,15 +130,23 @@ def _size_of(sites: Sequence[Site], rank: int, dtype: torch.dtype, page_bytes: i
     return AdapterSize(pack_rows(runs, page_bytes).num_pages, 2 * weights)
 
 
-def machine_guess(base: Base, config: EngineConfig) -> CostModel:
-    """A cost model of this machine from its memory bandwidth and peak arithmetic, measured now."""
-    kernels = load(config.kernel.kernels, config.kernel.isa, config.kernel.threads)
-    bandwidth, flops = 1e10, 1e11  # a small CPU's; the C++ kernels can measure theirs
-    if hasattr(kernels, "read_bandwidth") and hasattr(kernels, "multiply_rate"):
-        dtype = "float32" if config.dtype == "float32" else "bfloat16"
-        bandwidth, flops = kernels.read_bandwidth(), kernels.multiply_rate(dtype)
+def machine_guess(
+    base: Base, config: EngineConfig, bandwidth: float | None = None, flops: float | None = None
+) -> CostModel:
+    """A cost model from memory bandwidth (bytes a second) and peak arithmetic (operations a second).
+
+    What is not given is measured on this machine.
+    """
+    machine = "a machine of the speed given" if bandwidth or flops else ""
+    if not bandwidth or not flops:
+        kernels = load(config.kernel.kernels, config.kernel.isa, config.kernel.threads)
+        here = 1e10, 1e11  # a small CPU's; the C++ kernels can measure theirs
+        if hasattr(kernels, "read_bandwidth") and hasattr(kernels, "multiply_rate"):
+            dtype = "float32" if config.dtype == "float32" else "bfloat16"
+            here = kernels.read_bandwidth(), kernels.multiply_rate(dtype)
+        bandwidth, flops = bandwidth or here[0], flops or here[1]
     arch, itemsize = base.arch, table_dtype(config.dtype).itemsize
-    return guess(
+    costs = guess(
         weights_bytes=base.weights_bytes,
         parameters=base.parameters,
         token_bytes=2 * arch.layers * arch.kv_heads * arch.head_dim * itemsize,
@@ -146,6 +156,7 @@ def machine_guess(base: Base, config: EngineConfig) -> CostModel:
         bandwidth=bandwidth,
         flops=flops,
     )
+    return msgspec.structs.replace(costs, machine=machine)
 
 
 def plan(
@@ -158,8 +169,13 @@ def plan(
     targets: str = "q_proj,k_proj,v_proj,o_proj",
     slo: float = 6.0,
     cold: bool = False,
+    replicas: int = 1,
+    route: Route = "adapter",
 ) -> dict[str, Any]:
-    """Sizes, and what the simulator says of this load. cold: nothing is in memory at first."""
+    """Sizes, and what the simulator says of this load. cold: nothing is in memory at first.
+
+    replicas and route: of servers that share it, see `replicas.py`.
+    """
     known = cost.weights_bytes if cost.model == base.name and cost.dtype == config.dtype else 0
     house = geometry(base, config, ranks, targets, known)
     head = trace.head
@@ -167,11 +183,13 @@ def plan(
     popularity = head.parameters.get("popularity")
     if head.adapters and popularity is not None and head.trace != "servegen":  # its clients differ
         rates = expected_shares(popularity, head.adapters) * trace.rate
-    run = simulate(
+    run = simulate_replicas(
         trace,
         house,
         cost,
         config.scheduler,
+        replicas=replicas,
+        route=route,
         adapter_share=config.adapter_share,
         warm=None if cold else rates,
     )
@@ -192,11 +210,12 @@ def plan(
         "adapter_as_kv_tokens": pages / house.num_layers * house.block_tokens,
         "adapters_that_fit": int(house.num_pages / pages),
         "adapters": head.adapters,
-        "adapters_used_within_a_minute": minute,
+        "adapters_used_within_a_minute": minute,  # by all replicas together
         "disk_bytes": head.adapters * float(np.mean([size.nbytes for size in house.adapters])),
     }
     return {
         "model": base.name,
+        "replicas": replicas,
         "fits": result["slo_attainment"] >= _FITS,
         "sizes": sizes,
         "prediction": result,
@@ -226,6 +245,7 @@ def as_text(answer: dict[str, Any]) -> str:
     verdict = "yes" if answer["fits"] else f"no: {answer['bottleneck']} gives out first"
     lines = [
         f"{answer['model']}: will it fit?  {verdict}",
+        *([f"on {answer['replicas']} replicas, each of them:"] if answer["replicas"] > 1 else []),
         "",
         row("weights", _mb(sizes["weights_bytes"])),
         row("pool", _mb(sizes["pool_bytes"]), f"{sizes['pool_pages']} pages of {sizes['page_bytes']} bytes"),
@@ -270,7 +290,8 @@ def as_text(answer: dict[str, Any]) -> str:
     lines.append(
         f"simulated from costs fitted to {answer['cost']['machine']} (median error of a step {error:.0%})"
         if answer["cost"]["fitted"]
-        else "simulated from guessed costs: `chiliad bench calibrate` measures them"
+        else f"simulated from guessed costs of {answer['cost']['machine'] or 'this machine'}"
+        + ("" if answer["cost"]["machine"] else ": `chiliad bench calibrate` measures them")
     )
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from chiliad.cli.show import busy, note, print_json
 from chiliad.errors import InvalidConfig
 
 if TYPE_CHECKING:
+    from chiliad.bench.replicas import Route
     from chiliad.bench.workload import Trace
 
 
@@ -280,6 +281,21 @@ def bench_calibrate(model: str, seconds: float, cost: Path | None, output: str, 
     help="Cost model (.json), perhaps of another machine; by default what `bench calibrate` measured here.",
 )
 @click.option("--cold", is_flag=True, help="Start with no adapter in memory, not as after a long run.")
+@click.option("--replicas", type=click.IntRange(min=1), default=1, help="Servers that share the load.")
+@click.option(
+    "--route",
+    type=click.Choice(["adapter", "turn"]),
+    default="adapter",
+    help="To replicas: all of an adapter to one, or one request after the other.",
+)
+@click.option(
+    "--bandwidth",
+    type=click.FloatRange(min=0, min_open=True),
+    help="GB/s of memory, of a machine to imagine.",
+)
+@click.option(
+    "--tflops", type=click.FloatRange(min=0, min_open=True), help="Its peak arithmetic, 1e12 operations/s."
+)
 @json_option
 def plan_(
     model: str,
@@ -287,6 +303,10 @@ def plan_(
     targets: str,
     cost: Path | None,
     cold: bool,
+    replicas: int,
+    route: Route,
+    bandwidth: float | None,
+    tflops: float | None,
     max_sequences: int,
     max_step_tokens: int,
     policy: str,
@@ -311,12 +331,26 @@ def plan_(
         options, max_sequences=max_sequences, max_step_tokens=max_step_tokens, policy=policy
     )
     base = plan.Base.read(model, settings.dtype)
+    if cost is not None and (bandwidth or tflops):
+        raise InvalidConfig("give --cost, or --bandwidth and --tflops: both say what things cost")
     path = cost or default_path(base.name, settings.dtype)
-    costs = CostModel.read(path) if path.exists() else plan.machine_guess(base, settings)
+    if bandwidth or tflops or not path.exists():
+        costs = plan.machine_guess(base, settings, bandwidth and bandwidth * 1e9, tflops and tflops * 1e12)
+    else:
+        costs = CostModel.read(path)
     trace = _trace(options)
     with busy(f"simulating {len(trace)} requests"):
         answer = plan.plan(
-            base, settings, trace, costs, ranks=ranks, targets=targets, slo=options["slo"], cold=cold
+            base,
+            settings,
+            trace,
+            costs,
+            ranks=ranks,
+            targets=targets,
+            slo=options["slo"],
+            cold=cold,
+            replicas=replicas,
+            route=route,
         )
     if output == "json":
         print_json(answer)

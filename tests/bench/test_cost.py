@@ -229,7 +229,18 @@ def test_command(tiny: Path, tmp_path: Path) -> None:
     assert answers[0]["fits"]
     done = CliRunner().invoke(cli, ["plan", str(tiny), *args])
     assert "will it fit?  yes" in done.stdout
-    for wrong in (["--memory", "1MB"], ["--targets", "nothing"], ["--rank", "0"], ["--rank", "x"]):
+    done = CliRunner().invoke(cli, ["plan", str(tiny), *args, "--replicas", "3"])
+    assert "on 3 replicas" in done.stdout
+    elsewhere = [*args[:-2], "--bandwidth", "2000", "--tflops", "300"]
+    done = CliRunner().invoke(cli, ["plan", str(tiny), *elsewhere])
+    assert "guessed costs of a machine of the speed given" in done.stdout
+    for wrong in (
+        ["--memory", "1MB"],
+        ["--targets", "nothing"],
+        ["--rank", "0"],
+        ["--rank", "x"],
+        ["--tflops", "300"],
+    ):
         done = CliRunner().invoke(cli, ["plan", str(tiny), *args, *wrong])
         assert isinstance(done.exception, InvalidConfig), wrong
 

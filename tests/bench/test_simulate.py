@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiliad.bench.cost import CostModel, StepCost
+from chiliad.bench.replicas import replica_of, simulate_replicas, split
 from chiliad.bench.simulate import AdapterSize, Geometry, Simulated, simulate
 from chiliad.bench.workload import Head, Item, Trace, expected_shares, synthetic
 from chiliad.config import SchedulerConfig
@@ -208,7 +209,48 @@ def test_a_hundred_thousand_adapters() -> None:
     assert 0.2 < result["server"]["adapter_hit_rate"] < 0.6
 
 
-@pytest.mark.parametrize("module", ["workload", "report", "client", "serve", "cost", "simulate"])
+# -- replicas ----------------------------------------------------------------------------
+
+
+def test_an_adapter_has_one_home_and_homes_are_even() -> None:
+    homes = [replica_of(adapter, 100) for adapter in range(100_000)]
+    counts = np.bincount(homes, minlength=100)
+    assert counts.min() > 900
+    assert counts.max() < 1100
+    trace = synthetic(rate=50, duration=20, adapters=40, seed=3)
+    parts = split(trace, 7, "adapter")
+    assert sorted(index for part in parts for index in part) == list(range(len(trace)))
+    for replica, part in enumerate(parts):
+        assert {replica_of(trace.items[i].adapter, 7) for i in part} <= {replica}
+    in_turn = split(trace, 7, "turn")
+    assert max(map(len, in_turn)) - min(map(len, in_turn)) <= 1
+
+
+def test_replicas_answer_as_if_each_were_alone() -> None:
+    trace = synthetic(rate=40, duration=20, adapters=60, prompt=(8, 64), output=(4, 16), seed=5)
+    done = simulate_replicas(trace, SMALL, COST, SchedulerConfig(), replicas=4, route="turn")
+    assert [o.item for o in done.outcomes] == list(trace.items)
+    for replica in range(4):
+        mine = Trace(trace.head, trace.items[replica::4])
+        alone = simulate(mine, SMALL, COST, SchedulerConfig())
+        assert [o.times for o in alone.outcomes] == [o.times for o in done.outcomes[replica::4]]
+    assert done.metrics.generation_tokens == sum(item.output for item in trace.items)
+    assert done.metrics.adapter_hits + done.metrics.adapter_misses == len(trace)
+    assert done.metrics.batch_distinct_adapters.count == done.metrics.steps
+
+
+def test_homes_for_adapters_spare_loads() -> None:
+    """60 adapters, of which a pool holds 50: with homes, each replica holds all of its own."""
+    trace = synthetic(rate=40, duration=30, adapters=60, prompt=(8, 64), output=(4, 16), seed=5)
+    loads = {}
+    for route in ("adapter", "turn"):
+        done = simulate_replicas(trace, SMALL, COST, SchedulerConfig(), replicas=4, route=route)
+        loads[route] = done.metrics.adapter_loads["ok"]
+    assert loads["adapter"] == len({item.adapter for item in trace.items})
+    assert loads["turn"] > 3 * loads["adapter"]
+
+
+@pytest.mark.parametrize("module", ["workload", "report", "client", "serve", "cost", "simulate", "replicas"])
 def test_runs_without_torch(module: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; import chiliad.bench.{module}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
