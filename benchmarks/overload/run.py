@@ -37,7 +37,7 @@ from chiliad.bench.workload import Trace, synthetic
 ADAPTERS, RANK = 32, 16
 OTHERS, FLOOD = 10, "tenant-00"  # the flood sends ten times as much as each of the others
 KEYS = tuple(f"key-{i:02d}" for i in range(OTHERS + 1))
-SHORTER = ("--max-sequences", "32", "--max-step-tokens", "128")  # steps are what a newcomer waits for
+SHORTER = ("--max-sequences", "24", "--max-step-tokens", "256")  # steps are what a newcomer waits for
 KEPT = (
     "num_prompts",
     "completed",
@@ -84,7 +84,7 @@ def firsts(outcomes: list[Outcome]) -> dict[str, float]:
 
 
 def main() -> None:
-    args = arguments(__doc__, quick={"seconds": 6.0, "slo": 1.0}, seconds=60.0, slo=4.0)
+    args = arguments(__doc__, quick={"seconds": 6.0, "slo": 1.0}, seconds=50.0, slo=4.0)
     report = Report("Who gets an answer in time when there are too many?", args)
     curves: dict[str, list[Outcome]] = {}
 

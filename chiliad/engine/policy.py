@@ -128,7 +128,7 @@ class Clustered(FirstCome):
 
     name = "cluster"
 
-    def __init__(self, distinct: int = 8, patience: float = 10.0) -> None:
+    def __init__(self, distinct: int = 8, patience: float = 4.0) -> None:
         super().__init__()
         if distinct < 1:
             raise InvalidConfig(f"adapter clustering needs at least 1 distinct adapter, not {distinct}")
@@ -234,9 +234,10 @@ class FairShare(FirstCome):
 
     Counters make service fair over time, but one who floods would still fill the batch, and whoever
     comes then waits for a place in it, computes beside all its rows, and behind its long prompts. So
-    all clients but the one that was served least are held to their share of the slots, among those
-    who are there; a client that runs nothing takes the place of a sequence beyond a share (of one
-    who was alone before); and prompts of clients that had more are computed after those of
+    a client that floods (more than twice its share of the slots is here, running or waiting) is held
+    to that share, unless it was served less than all others; up to its share one that does not
+    flood takes places of sequences beyond a share (of one who was alone before), and any client one
+    such place if it runs nothing; and prompts of clients that had more are computed after those of
     newcomers. Slots stay empty for it: the price of low latency.
 
     Bound: while two clients both wait and may run, their counters never drift apart by more than
@@ -360,14 +361,20 @@ class FairShare(FirstCome):
 
     def entitled(self, sequence: Sequence) -> bool:
         client = self.client(sequence)
-        return self._running[client] < self.share(client) or self._is_poorest(client)
+        return self._running[client] < self.share(client) or self._modest(client) or self._is_poorest(client)
+
+    def _modest(self, client: str) -> bool:
+        """Whether all that a client has here, running or waiting, is not much: it does not flood."""
+        return self._present[client] <= 2 * self.share(client)
 
     def yields(self, sequence: Sequence) -> bool:
         least, client = self._least(), self.client(sequence)
         return least is not None and self._heap[0][2] != client and self.counters[client] >= least
 
     def victim(self, sequence: Sequence, running: list[Sequence]) -> Sequence | None:
-        if self._running[self.client(sequence)]:
+        client = self.client(sequence)
+        held = self._running[client]
+        if held and not (held < self.share(client) and self._modest(client)):
             return None
         excess = {
             client: held - self.share(client)
