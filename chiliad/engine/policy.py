@@ -377,9 +377,9 @@ class FairShare(FirstCome):
         if held and not (held < self.share(client) and self._modest(client)):
             return None
         excess = {
-            client: held - self.share(client)
-            for client, held in self._running.items()
-            if not self._is_poorest(client)
+            other: count - self.share(other)
+            for other, count in self._running.items()
+            if not self._is_poorest(other)
         }
         most = max(excess, key=excess.__getitem__, default="")
         if not excess or excess[most] <= 0:

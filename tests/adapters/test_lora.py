@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from chiliad.adapters import peft
 from chiliad.adapters.base import TensorHeader
@@ -356,6 +357,22 @@ def test_key_with_the_adapter_name_left_in() -> None:
     header = {name.replace(".weight", ".default.weight"): entry for name, entry in shapes(Q).items()}
     with pytest.raises(InvalidAdapter, match="save_pretrained"):
         LoraFormat().plan(PLAIN, header, BASE)
+
+
+@pytest.mark.parametrize(("large", "alpha", "refused"), [("B", 32, True), ("B", 2, False), ("A", 32, False)])
+def test_a_scale_that_overflows_is_refused(large: str, alpha: int, refused: bool, tmp_path: Path) -> None:
+    """Finite numbers, each of them; only B meets the scale, which is alpha / 2 here."""
+    folder = write_random_adapter(tmp_path, BASE, 2, config_overrides={"lora_alpha": alpha})
+    file = folder / peft.TENSOR_FILE
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if f"lora_{large}" in name)
+    tensors[name][0, 0] = -1e38
+    save_file(tensors, file)
+    if refused:
+        with pytest.raises(InvalidAdapter, match=f"{name} times its scale 16 is too large"):
+            peft.read(folder, BASE)
+    else:
+        peft.read(folder, BASE)
 
 
 def test_nothing_is_copied_or_rounded_when_lowering() -> None:

@@ -204,6 +204,7 @@ def test_a_newcomer_takes_the_place_of_one_who_filled_the_batch(brought: int) ->
     (gone,) = (s for s in world.scheduler.waiting if s.preemptions)
     assert gone.order > max(s.order for s in world.scheduler.running if s.request.tenant == "busy")
     world.run()
+    assert brought > 1 or world.scheduler.metrics.preemptions == 1
     assert all(len(sequences) == 1 for sequences in world.done.values())
 
 

@@ -270,9 +270,7 @@ def test_a_hub_repository_is_downloaded_once_and_answers(llama: Path, tmp_path: 
     assert "InvalidModel: cannot get 'acme/unknown'" in unknown.stderr
     server.shutdown()
     server.server_close()
-    asked.clear()
     assert fingerprint_of("acme/tiny").stdout == first.stdout  # offline, out of the hub's cache
-    assert asked == []
 
 
 FINGERPRINT = """
