@@ -214,6 +214,27 @@ class PackedLinear(Protocol):
 Activation = Literal["silu_mul", "gelu_tanh_mul", "gelu_tanh", "gelu"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerSpec:
+    """One layer of a decoder. Optional parts are None where a family has none."""
+
+    input_norm: NormSpec
+    qkv: PackedLinear
+    q_norm: NormSpec | None
+    k_norm: NormSpec | None
+    rope: tuple[Tensor, Tensor] | None  # cos and sin, as `rope_kv` takes them
+    num_heads: int
+    scale: float  # of attention scores
+    window: int  # of attention; 0: none
+    out: PackedLinear
+    post_attention_norm: NormSpec | None
+    mlp_norm: NormSpec
+    up: PackedLinear  # gate and up, where gated
+    activation: Activation
+    down: PackedLinear
+    post_mlp_norm: NormSpec | None
+
+
 @dataclass(slots=True)
 class SampleBatch:
     """Sampling inputs of the R rows that need a token; see `core.SamplingParams`."""
@@ -333,6 +354,16 @@ class Kernels(Protocol):
 
         Reads q from qkv. window > 0: position p sees positions > p - window. Returns float32
         [T, num_heads * head_dim].
+        """
+
+    def pack_layers(self, layers: Sequence[LayerSpec]) -> object:
+        """Check a decoder's layers once. The result is passed back to `layers`."""
+
+    def layers(self, x: Tensor, step: Step, layers: object) -> Tensor:
+        """One step through all of a decoder's layers; writes K and V of its tokens.
+
+        x: float32 [T, hidden], what enters layer 0; it is updated in place and returned. The same as
+        `project`, `rope_kv`, `attention` and `norm` in the order of `reference.py`, in one call.
         """
 
     def sample(self, logits: Tensor, batch: SampleBatch) -> Sampled:

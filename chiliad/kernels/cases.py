@@ -376,9 +376,10 @@ def test_cases() -> list[Case]:
         for rows, features in ((1, 1), (2, 7), (3, 64), (40, 577))
         for residual in (False, True)
     ]
-    from chiliad.kernels.cases_attention import attention_test_cases  # it imports this module
+    from chiliad.kernels.cases_attention import attention_test_cases  # these import this module
+    from chiliad.kernels.cases_layers import layers_test_cases
 
-    return [*_project_tests(), *norms, *attention_test_cases()]
+    return [*_project_tests(), *norms, *attention_test_cases(), *layers_test_cases()]
 
 
 def bench_cases() -> list[Case]:

@@ -21,6 +21,7 @@ from chiliad.kernels.base import (
     Activation,
     AdapterRows,
     KVLayout,
+    LayerSpec,
     LinearSpec,
     NormSpec,
     PackedLinear,
@@ -41,12 +42,27 @@ _NO_NORM = (0, 0, 0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
+class CpuLayers:
+    """A decoder's layers; `native` points into what `specs` keeps."""
+
+    specs: tuple[LayerSpec, ...]
+    hidden: int
+    native: object
+
+
+@dataclass(frozen=True, slots=True)
 class CpuLinear:
     """A packed weight; `native` owns the bytes."""
 
     spec: LinearSpec
     nbytes: int
     native: object
+
+
+def _packed(linear: PackedLinear) -> CpuLinear:
+    if not isinstance(linear, CpuLinear):
+        raise KernelError("this linear was not packed by these kernels: call pack_linear")
+    return linear
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -109,8 +125,7 @@ class CpuKernels(ReferenceKernels):
         except ValueError as bad:
             raise InvalidConfig(str(bad), param="isa") from bad
         super().__init__(f"{self._core.isa}, {self._core.threads} threads")
-        # checked once: every step asks for the same norms and tables
-        self._norm, self._rope = functools.lru_cache(4096)(_norm), functools.lru_cache(64)(_rope)
+        self._norm = functools.lru_cache(4096)(_norm)  # checked once: every step asks for the same norms
 
     @property
     def isa(self) -> str:
@@ -253,9 +268,8 @@ class CpuKernels(ReferenceKernels):
         activation: Activation | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if not isinstance(linear, CpuLinear):
-            raise KernelError("this linear was not packed by these kernels: call pack_linear")
-        spec = linear.spec
+        packed = _packed(linear)
+        spec = packed.spec
         rows = _rows(x, spec.in_features, "x")
         out_features = spec.out_features
         if activation in ("silu_mul", "gelu_tanh_mul"):
@@ -268,7 +282,7 @@ class CpuKernels(ReferenceKernels):
                 raise KernelError(f"x has {rows} rows, residual {y.shape[0]}")
         _core.project(
             self._core,
-            linear.native,
+            packed.native,
             None if step is None else step.native,
             x.data_ptr(),
             rows,
@@ -325,7 +339,7 @@ class CpuKernels(ReferenceKernels):
         k_norm: NormSpec | None = None,
     ) -> None:
         kv = self._qkv(qkv, step, num_heads)
-        tables = (0, 0, 0, 0) if rope is None else self._rope(*rope, kv.head_dim)
+        tables = (0, 0, 0, 0) if rope is None else _rope(*rope, kv.head_dim)
         norms = (_NO_NORM if n is None else self._norm(n, kv.head_dim) for n in (q_norm, k_norm))
         q_args, k_args = norms
         _core.rope_kv(self._core, step.native, layer, qkv.data_ptr(), num_heads, *tables, *q_args, *k_args)
@@ -339,6 +353,44 @@ class CpuKernels(ReferenceKernels):
             self._core, step.native, layer, qkv.data_ptr(), num_heads, scale, window, out.data_ptr()
         )
         return out
+
+    def pack_layers(self, layers: Sequence[LayerSpec]) -> CpuLayers:
+        described = []
+        for layer in layers:
+            linears = [layer.qkv, layer.out, layer.up, layer.down]
+            hidden, head_dim = layer.qkv.spec.in_features, layer.out.spec.in_features // layer.num_heads
+            norms = [
+                (layer.input_norm, hidden),
+                (layer.q_norm, head_dim),
+                (layer.k_norm, head_dim),
+                (layer.post_attention_norm, hidden),
+                (layer.mlp_norm, hidden),
+                (layer.post_mlp_norm, hidden),
+            ]
+            described.append(
+                (
+                    [_NO_NORM if norm is None else _norm(norm, size) for norm, size in norms],
+                    [_packed(linear).native for linear in linears],
+                    (0, 0, 0, 0) if layer.rope is None else _rope(*layer.rope, head_dim),
+                    layer.num_heads,
+                    layer.window,
+                    layer.scale,
+                    _ACTIVATIONS[layer.activation],
+                )
+            )
+        if not described:
+            raise KernelError("a decoder needs at least one layer")
+        return CpuLayers(tuple(layers), hidden, _core.pack_layers(described))
+
+    def layers(self, x: Tensor, step: Step, layers: object) -> Tensor:
+        if not isinstance(layers, CpuLayers):
+            raise KernelError("these layers were not packed by these kernels: call pack_layers")
+        if step.native is None:
+            raise KernelError("the step was not prepared: call prepare_step")
+        if _rows(x, layers.hidden, "x") != step.num_tokens:
+            raise KernelError(f"x has {x.shape[0]} rows, the step {step.num_tokens}")
+        _core.layers(self._core, layers.native, step.native, x.data_ptr())
+        return x
 
     def sample(self, logits: Tensor, batch: SampleBatch) -> Sampled:
         if logits.dim() != 2 or logits.shape[1] == 0:

@@ -18,6 +18,7 @@ from chiliad.kernels.base import (
     Activation,
     AdapterRows,
     KVLayout,
+    LayerSpec,
     LinearSpec,
     NormSpec,
     PackedLinear,
@@ -263,6 +264,26 @@ class ReferenceKernels:
             mixed = torch.softmax(scores, dim=-1) @ v.repeat_interleave(group, dim=0)
             out[start:stop] = mixed.transpose(0, 1)
         return out.flatten(1)
+
+    def pack_layers(self, layers: Sequence[LayerSpec]) -> object:
+        return tuple(layers)
+
+    def layers(self, x: Tensor, step: Step, layers: object) -> Tensor:
+        assert isinstance(layers, tuple)
+        for i, layer in enumerate(layers):
+            qkv = self.project(x, layer.qkv, step, norm=layer.input_norm)
+            self.rope_kv(qkv, step, i, layer.num_heads, layer.rope, layer.q_norm, layer.k_norm)
+            mixed = self.attention(qkv, step, i, layer.num_heads, layer.scale, layer.window)
+            if layer.post_attention_norm is None:
+                self.project(mixed, layer.out, step, residual=x)
+            else:
+                self.norm(self.project(mixed, layer.out, step), layer.post_attention_norm, residual=x)
+            wide = self.project(x, layer.up, step, norm=layer.mlp_norm, activation=layer.activation)
+            if layer.post_mlp_norm is None:
+                self.project(wide, layer.down, step, residual=x)
+            else:
+                self.norm(self.project(wide, layer.down, step), layer.post_mlp_norm, residual=x)
+        return x
 
     def sample(self, logits: Tensor, batch: SampleBatch) -> Sampled:
         """Row by row, in this order: logprobs of the raw distribution; repetition, frequency and

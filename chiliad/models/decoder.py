@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import re
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 
 from chiliad.core import Site
-from chiliad.kernels.base import Kernels, NormSpec, PackedLinear, Step
+from chiliad.kernels.base import Kernels, LayerSpec, Step
 from chiliad.models.arch import Arch
 from chiliad.models.layers import Blueprint, Linear, Norm, Parts, Table, rope_table
 
 Tensor = torch.Tensor
-
-
-class Layer(NamedTuple):
-    """One layer, ready to run. Optional norms are None where a family has none."""
-
-    number: int
-    input_norm: NormSpec
-    qkv: PackedLinear
-    q_norm: NormSpec | None
-    k_norm: NormSpec | None
-    rope: tuple[Tensor, Tensor] | None
-    window: int
-    out: PackedLinear
-    post_attention_norm: NormSpec | None
-    mlp_norm: NormSpec
-    up: PackedLinear  # gate and up, where gated
-    down: PackedLinear
-    post_mlp_norm: NormSpec | None
 
 
 class Decoder:
@@ -53,23 +35,27 @@ class Decoder:
         self._head = parts.linears["head"]
         kinds = {rope for rope in arch.ropes if rope is not None}
         tables = {rope: rope_table(rope, arch.head_dim, max_positions) for rope in kinds}
-        self._layers = tuple(
-            Layer(
-                number=i,
-                input_norm=parts.norms[f"{i}.input"],
-                qkv=parts.linears[f"{i}.qkv"],
-                q_norm=parts.norms.get(f"{i}.q"),
-                k_norm=parts.norms.get(f"{i}.k"),
-                rope=None if (rope := arch.ropes[i]) is None else tables[rope],
-                window=arch.windows[i],
-                out=parts.linears[f"{i}.out"],
-                post_attention_norm=parts.norms.get(f"{i}.post_attention"),
-                mlp_norm=parts.norms[f"{i}.mlp"],
-                up=parts.linears[f"{i}.up"],
-                down=parts.linears[f"{i}.down"],
-                post_mlp_norm=parts.norms.get(f"{i}.post_mlp"),
-            )
-            for i in range(arch.layers)
+        self._layers = kernels.pack_layers(
+            [
+                LayerSpec(
+                    input_norm=parts.norms[f"{i}.input"],
+                    qkv=parts.linears[f"{i}.qkv"],
+                    q_norm=parts.norms.get(f"{i}.q"),
+                    k_norm=parts.norms.get(f"{i}.k"),
+                    rope=None if (rope := arch.ropes[i]) is None else tables[rope],
+                    num_heads=arch.heads,
+                    scale=arch.attention_scale,
+                    window=arch.windows[i],
+                    out=parts.linears[f"{i}.out"],
+                    post_attention_norm=parts.norms.get(f"{i}.post_attention"),
+                    mlp_norm=parts.norms[f"{i}.mlp"],
+                    up=parts.linears[f"{i}.up"],
+                    activation=arch.activation,
+                    down=parts.linears[f"{i}.down"],
+                    post_mlp_norm=parts.norms.get(f"{i}.post_mlp"),
+                )
+                for i in range(arch.layers)
+            ]
         )
         self.nbytes = parts.nbytes + sum(t.nbytes for pair in tables.values() for t in pair)
 
@@ -125,23 +111,7 @@ class Decoder:
         token_ids: int64 [T]; `step` as `kernels.prepare_step` returned it. Returns float32
         [T, hidden], of which `logits` takes the rows that are wanted.
         """
-        kernels, heads, scale = self._kernels, self.arch.heads, self.arch.attention_scale
-        project, norm, activation = kernels.project, kernels.norm, self.arch.activation
-        x = self.embed(token_ids, step)
-        for layer in self._layers:
-            qkv = project(x, layer.qkv, step, norm=layer.input_norm)
-            kernels.rope_kv(qkv, step, layer.number, heads, layer.rope, layer.q_norm, layer.k_norm)
-            mixed = kernels.attention(qkv, step, layer.number, heads, scale, layer.window)
-            if layer.post_attention_norm is None:
-                x = project(mixed, layer.out, step, residual=x)
-            else:
-                x = norm(project(mixed, layer.out, step), layer.post_attention_norm, residual=x)
-            wide = project(x, layer.up, step, norm=layer.mlp_norm, activation=activation)
-            if layer.post_mlp_norm is None:
-                x = project(wide, layer.down, step, residual=x)
-            else:
-                x = norm(project(wide, layer.down, step), layer.post_mlp_norm, residual=x)
-        return x
+        return self._kernels.layers(self.embed(token_ids, step), step, self._layers)
 
     def logits(self, states: Tensor) -> Tensor:
         """Rows of what `forward` returned, float32 [R, hidden] -> float32 [R, vocab]."""

@@ -130,10 +130,19 @@ void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, 
   });
 }
 
-void rope_kv(Kernels& kernels, const Step& step, int layer, RopeCall call, std::int64_t max_position) {
-  check(kernels, step, layer, call.num_heads);
+void rope_kv(Kernels& kernels, const Step& step, int layer, float* qkv, int num_heads, const Rope& rope,
+             const Norm& q_norm, const Norm& k_norm) {
+  check(kernels, step, layer, num_heads);
   const Arena& arena = kernels.arena;
   const RopeOps& ops = rope_ops(kernels.isa);
+  RopeCall call{};
+  call.qkv = qkv;
+  call.cos = rope.cos;
+  call.sin = rope.sin;
+  call.half = rope.half;
+  call.q_norm = q_norm;
+  call.k_norm = k_norm;
+  call.num_heads = num_heads;
   call.arena = arena.data;
   call.page_bytes = arena.page_bytes;
   call.num_kv_heads = arena.num_kv_heads;
@@ -143,7 +152,7 @@ void rope_kv(Kernels& kernels, const Step& step, int layer, RopeCall call, std::
   static thread_local std::vector<RopeItem> items;
   items.clear();
   for (int i = 0; i < step.num_sequences; ++i) {
-    if (call.cos != nullptr && step.context[i] > max_position)
+    if (call.cos != nullptr && step.context[i] > rope.max_position)
       throw KernelError("position " + std::to_string(step.context[i] - 1) + " is beyond the rope table");
     int row = step.row_start[i];
     const int stop = step.row_start[i + 1];

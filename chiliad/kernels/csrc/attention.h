@@ -55,10 +55,17 @@ struct AttentionOps {
 // A tile's softmax state per head: per row the maximum, 16 sums and the weighted values.
 constexpr std::int64_t state_floats(int head_dim) { return std::int64_t{kTileRows} * (1 + 16 + head_dim); }
 
+// Rotation by position: cos and sin [max_position, half], or null for none.
+struct Rope {
+  const float *cos = nullptr, *sin = nullptr;
+  int half = 0;  // rotary_dim / 2
+  std::int64_t max_position = 0;
+};
+
 struct RopeCall {
   float* qkv;            // [T, (num_heads + 2 * num_kv_heads) * head_dim]
-  const float *cos, *sin;  // [max_position, rotary / 2], null: no rotation
-  int half;              // rotary_dim / 2
+  const float *cos, *sin;  // as in Rope
+  int half;
   Norm q_norm, k_norm;     // per head, weights [head_dim]
   std::uint8_t* arena;
   std::int64_t page_bytes;
@@ -78,6 +85,7 @@ struct RopeOps {
 
 void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
                int window, float* out);
-void rope_kv(Kernels& kernels, const Step& step, int layer, RopeCall call, std::int64_t max_position);
+void rope_kv(Kernels& kernels, const Step& step, int layer, float* qkv, int num_heads, const Rope& rope,
+             const Norm& q_norm, const Norm& k_norm);
 
 }  // namespace chiliad

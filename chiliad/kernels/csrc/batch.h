@@ -2,6 +2,7 @@
 // These mirror chiliad/kernels/base.py; bind.cpp fills and checks them.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -29,7 +30,15 @@ struct LowRank {
   std::int64_t last_a = -1, last_b = -1;  // the largest offsets, for one bounds check per use
   const std::int64_t *a = nullptr, *b = nullptr;  // [rank], in Adapter::numbers
   const float* scale = nullptr;
+
+  int numbers() const { return 2 * rank + (rank + 1) / 2; }  // in 8 bytes: a, b and scale
 };
+
+// No two things ever have the same one; 0 and 1 are nobody's.
+inline std::uint64_t new_serial() {
+  static std::atomic<std::uint64_t> last{1};
+  return ++last;
+}
 
 // What elementwise vectors are stored as beside rank rows of a type.
 inline constexpr DType vectors_beside(DType rows) { return rows == DType::float32 ? DType::float32 : DType::bfloat16; }
@@ -43,6 +52,7 @@ struct Elementwise {
 // in between that push everything else out of the caches, so a slot's numbers follow each other
 // and those of the slot before.
 struct Adapter {
+  const std::uint64_t serial = new_serial();
   DType dtype = DType::float32;  // of the rank rows
   std::vector<LowRank> low_ranks;        // by slot
   std::vector<std::int64_t> numbers;     // by slot: offsets of A, of B, then the scales
@@ -66,6 +76,7 @@ struct Segment {
 
 // One step. The arrays belong to the Python step, which outlives this.
 struct Step {
+  const std::uint64_t serial = new_serial();
   int num_tokens = 0, num_sequences = 0, num_layers = 0;
   const std::int32_t* positions = nullptr;  // [num_tokens]
   const std::int32_t* row_start = nullptr;  // [num_sequences + 1]

@@ -41,8 +41,8 @@ void bind_arena(Kernels& kernels, std::uintptr_t data, std::int64_t bytes, int n
   if (block_tokens <= 0 || block_tokens % 16) refuse("block_tokens must be a multiple of 16");
   if (page_bytes % 64 || page_bytes < std::int64_t{2} * num_kv_heads * head_dim * block_tokens * item_bytes(kv))
     refuse("page_bytes must be a multiple of 64 that holds K and V of one block");
-  kernels.arena = {reinterpret_cast<std::uint8_t*>(data), bytes, num_layers, num_kv_heads, head_dim,
-                   block_tokens, kv, page_bytes};
+  kernels.bind({reinterpret_cast<std::uint8_t*>(data), bytes, num_layers, num_kv_heads, head_dim, block_tokens, kv,
+                page_bytes});
 }
 
 void adapter_init(Adapter* self, const std::string& dtype) {
@@ -196,4 +196,5 @@ NB_MODULE(_core, m) {
   register_ceilings(m);
   register_linear(m);
   register_attention(m);
+  register_layers(m);
 }

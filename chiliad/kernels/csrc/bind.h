@@ -11,5 +11,6 @@ namespace chiliad {
 void register_ceilings(nanobind::module_& m);
 void register_linear(nanobind::module_& m);
 void register_attention(nanobind::module_& m);
+void register_layers(nanobind::module_& m);
 
 }  // namespace chiliad

@@ -63,15 +63,10 @@ void bind_rope_kv(Kernels& kernels, const Step& step, int layer, std::uintptr_t 
                   float k_eps) {
   const nb::gil_scoped_release released;
   const std::lock_guard<std::mutex> held(kernels.busy);
-  RopeCall call{};
-  call.qkv = pointer<float>(qkv);
-  call.cos = pointer<const float>(cos);
-  call.sin = pointer<const float>(sin);
-  call.half = half;
-  call.q_norm = {NormKind(q_kind), pointer<const float>(q_weight), pointer<const float>(q_bias), q_eps};
-  call.k_norm = {NormKind(k_kind), pointer<const float>(k_weight), pointer<const float>(k_bias), k_eps};
-  call.num_heads = num_heads;
-  rope_kv(kernels, step, layer, call, max_position);
+  rope_kv(kernels, step, layer, pointer<float>(qkv), num_heads,
+          {pointer<const float>(cos), pointer<const float>(sin), half, max_position},
+          {NormKind(q_kind), pointer<const float>(q_weight), pointer<const float>(q_bias), q_eps},
+          {NormKind(k_kind), pointer<const float>(k_weight), pointer<const float>(k_bias), k_eps});
 }
 
 void bind_attention(Kernels& kernels, const Step& step, int layer, std::uintptr_t qkv, int num_heads, float scale,

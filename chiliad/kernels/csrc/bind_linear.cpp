@@ -1,4 +1,5 @@
 // pack_linear, project and norm for Python. Addresses come from tensors that cpu.py has checked.
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include "bind.h"
@@ -34,7 +35,7 @@ void register_linear(nb::module_& m) {
       nb::call_guard<nb::gil_scoped_release>());
   m.def(
       "project",
-      [](Kernels& kernels, const PackedLinear& linear, const Step* step, std::uintptr_t x, int rows,
+      [](Kernels& kernels, PackedLinear& linear, const Step* step, std::uintptr_t x, int rows,
          int norm_kind, std::uintptr_t norm_weight, std::uintptr_t norm_bias, float eps, int activation,
          std::uintptr_t y, bool add) {
         project(kernels, linear, step, at<const float>(x), rows, norm_of(norm_kind, norm_weight, norm_bias, eps),

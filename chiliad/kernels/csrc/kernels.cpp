@@ -64,6 +64,27 @@ void touch(std::uint8_t* data, std::size_t bytes) {
   }).join();
 }
 
+void Kernels::bind(const Arena& to) {
+  arena = to;
+  segments_.clear();
+  step_ = 0;
+}
+
+std::uint64_t Kernels::batch_of(const Step* step) {
+  constexpr std::uint64_t kPlain = 1;
+  if (step == nullptr) return kPlain;
+  if (step->serial == step_) return batch_;
+  others_.clear();
+  for (const Segment& segment : step->segments)
+    if (segment.adapter != nullptr) others_.emplace_back(segment.start, segment.stop, segment.adapter->serial);
+  if (others_ != segments_) {
+    segments_.swap(others_);
+    with_adapters_ = new_serial();
+  }
+  step_ = step->serial;
+  return batch_ = segments_.empty() ? kPlain : with_adapters_;
+}
+
 std::shared_ptr<std::byte> Kernels::keep(std::size_t bytes) {
   const std::size_t rounded = (bytes + 63) / 64 * 64;
   if (rounded > kStretch / 4) return allocate(rounded);

@@ -6,6 +6,8 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "batch.h"
 #include "isa.h"
@@ -31,16 +33,40 @@ Bytes allocate(std::size_t bytes);  // throws std::bad_alloc
 // is in them stays, and others may use them meanwhile.
 void touch(std::uint8_t* data, std::size_t bytes);
 
+struct PackedLinear;
+
+// A stretch of rank rows that follow each other in memory.
+struct Stretch {
+  const std::uint8_t* at;
+  std::int64_t lines;  // of 64 bytes
+};
+
+// Rank rows that one worker fetches before the linear that reads them is called.
+struct Early {
+  const Stretch *next = nullptr, *end = nullptr;  // not yet begun
+  Stretch rest{};          // of the one that was
+  std::int64_t lines = 0;  // left of all
+};
+
 class Kernels {
  public:
   Kernels(const std::string& isa, int threads) : isa(choose_isa(isa)), threads(threads) {}
 
   const Isa isa;
-  std::shared_ptr<std::byte> reading;  // what idle threads may be reading ahead
-  std::shared_ptr<struct Following> last;  // of the linear that was projected last
+  std::shared_ptr<PackedLinear> reading;  // what idle threads may be reading ahead
+  std::weak_ptr<PackedLinear> last;       // the linear that was projected last
   ThreadPool threads;  // after what its threads use
-  Arena arena;
+  std::vector<Early> early;  // by worker: of the step with this serial and these uses
+  std::uint64_t early_step = 0;
+  const struct Uses* early_of = nullptr;
+  Arena arena;  // set by bind
   std::mutex busy;  // one op at a time: hold it while using threads or scratch
+
+  void bind(const Arena& arena);
+
+  // A number that steps share when the same rows use the same adapters in the same arena. Null and
+  // steps of the plain base have one of their own.
+  std::uint64_t batch_of(const Step* step);
 
   // Memory for weights, cut from large stretches: a model's many small matrices share huge pages.
   // A stretch lives as long as any piece of it.
@@ -51,6 +77,9 @@ class Kernels {
   static constexpr int kScratches = 8;
 
  private:
+  // (start, stop, adapter's serial) of the segments with adapters in the last step
+  std::vector<std::tuple<int, int, std::uint64_t>> segments_, others_;
+  std::uint64_t step_ = 0, batch_ = 0, with_adapters_ = 0;
   Bytes scratch_[kScratches];
   std::size_t scratch_bytes_[kScratches] = {};
   std::shared_ptr<std::byte> stretch_;

@@ -23,6 +23,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "kernels.h"
@@ -45,15 +46,44 @@ struct Block {
   int out;         // first column within y
 };
 
-// What was projected after a linear the last time (models repeat themselves): its weights are read
-// ahead while threads wait for the next call.
-struct Following {
-  std::shared_ptr<std::byte> weights;
-  std::size_t panel_bytes = 0;
-  int num_panels = 0;
+// What one segment's adapter does to one projection.
+struct Use {
+  int start, stop;  // rows
+  int first, size;  // columns of the projection, in the whole linear
+  int rank;
+  DType dtype;  // of the rank rows
+  const std::int64_t *a, *b;  // offsets of the rank rows
+  const float* scale;
+  std::size_t numbers;  // where a, b and scale start in Uses::numbers
+  std::size_t z;  // where its [rank][rows] products of phase 1 are, in floats
+  const std::uint8_t *d, *g, *c;
 };
 
-struct PackedLinear {
+// Cache lines of one rank row.
+inline constexpr int row_lines(int length, DType dtype) { return (length * item_bytes(dtype) + 63) / 64; }
+
+// The low rank part of rows [row, row + rows) of one use.
+struct Task {
+  const Use* use;
+  int row, rows;
+  int stretch;  // first of its rank rows in Uses::stretches
+};
+
+// What the adapters of a batch do to one linear. Decode steps repeat their batch, so a linear keeps
+// it until another one comes.
+struct Uses {
+  std::uint64_t batch = 0;   // Kernels::batch it was made for
+  std::vector<Use> uses;     // sorted by projection, then by row
+  std::vector<int> from;     // [projections + 1]: first use of each
+  std::vector<Task> tasks;
+  std::vector<Stretch> stretches;  // rank rows in the order of tasks, A before B
+  std::vector<std::int64_t> numbers;  // what uses point to, in their order: offsets of A, of B, scales
+  std::size_t shrunk = 0;    // floats of all z
+  std::int64_t lines = 0;    // of all stretches
+  bool any_d = false, any_bf16 = false;
+};
+
+struct PackedLinear : std::enable_shared_from_this<PackedLinear> {
   DType dtype;
   int in_features, out_features, k_padded;
   std::vector<int> sizes, slots;
@@ -63,7 +93,8 @@ struct PackedLinear {
   std::size_t panel_bytes;
   std::shared_ptr<std::byte> weights;  // [num_panels][panel_bytes]
   std::vector<float> bias;   // [num_panels * 32], or empty
-  std::shared_ptr<Following> following = std::make_shared<Following>();
+  Uses uses;                         // of the last batch
+  std::weak_ptr<PackedLinear> next;  // what was projected after it the last time: models repeat themselves
   std::size_t nbytes() const { return panel_bytes * num_panels; }
 };
 
@@ -76,8 +107,8 @@ struct Weights {
 };
 
 // Levels are packed as what they are, plain weights as float32 or bfloat16. bias: float32 [out] or null.
-PackedLinear pack_linear(Kernels& kernels, const Weights& weights, const float* bias, DType dtype, int in_features,
-                         std::vector<int> sizes, std::vector<int> slots);
+std::shared_ptr<PackedLinear> pack_linear(Kernels& kernels, const Weights& weights, const float* bias, DType dtype, int in_features,
+                                          std::vector<int> sizes, std::vector<int> slots);
 
 enum class NormKind : int { none, rms, layer };
 enum class Activation : int { none, silu_mul, gelu_tanh_mul, gelu_tanh, gelu };
@@ -90,31 +121,19 @@ struct Norm {
 };
 
 // y may be x only if that is where the residual comes from (add).
-void project(Kernels& kernels, const PackedLinear& linear, const Step* step, const float* x, int rows,
+void project(Kernels& kernels, PackedLinear& linear, const Step* step, const float* x, int rows,
              const Norm& norm, Activation activation, float* y, bool add);
 
 // y = norm(x), or y += norm(x).
 void norm(Kernels& kernels, const float* x, int rows, int features, const Norm& norm, float* y, bool add);
 
+constexpr int kFewRows = 64;  // of a step: up to here reading B takes longer than the arithmetic with it
+
+// What the adapters of a step (null: none) do to a linear; valid until the next call for it.
+// Throws KernelError where an adapter's rows do not lie in the arena.
+const Uses& uses_of(Kernels& kernels, PackedLinear& linear, const Step* step);
+
 // ---- between linear.cpp (checks, plans) and linear.inl (computes): raw pointers only ----
-
-// What one segment's adapter does to one projection.
-struct Use {
-  int start, stop;  // rows
-  int first, size;  // columns of the projection, in the whole linear
-  int rank;
-  DType dtype;  // of the rank rows
-  const std::int64_t *a, *b;  // offsets of the rank rows
-  const float* scale;
-  float* z;  // [rank][rows], filled by phase 1
-  const std::uint8_t *d, *g, *c;
-};
-
-// The low rank part of rows [row, row + rows) of one use.
-struct Task {
-  const Use* use;
-  int row, rows;
-};
 
 struct ProjectPlan {
   ThreadPool* threads;
@@ -150,9 +169,13 @@ struct ProjectPlan {
   const int* uses_from;  // [projections + 1]
   const Task* tasks;
   int num_tasks;
+  const Stretch *stretches, *stretches_end;
   float* delta;  // [rows][out_features]: z B of rows with low rank, or null: the epilogue computes it
 
-  const Following* following;  // or null
+  float* z;      // of all uses
+
+  const PackedLinear* next;  // what will probably be projected after this one, or null
+  Early* early;  // by worker, or null
 
   std::byte* work;  // per worker: work_bytes
   std::size_t work_bytes;

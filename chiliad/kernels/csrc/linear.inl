@@ -38,7 +38,7 @@ void apply(const ProjectPlan& plan, const Use& use, const Block& block, int coun
   if (use.rank == 0) return;
   if (!plan.delta) {
     const bool full = block.width == kBlock;
-    expand_blocks<T, true>(use, plan.arena, block.column, full ? count : 0, full ? 0 : block.width, first, rows, c, kStride, step, nullptr);
+    expand_blocks<T, true>(use, plan.arena, plan.z, block.column, full ? count : 0, full ? 0 : block.width, first, rows, c, kStride, step, nullptr);
     return;
   }
   for (int r = 0; r < rows; ++r) {
@@ -125,7 +125,7 @@ void epilogue(const ProjectPlan& plan, int panel, int panels, int row, int rows,
 
 // Panels [panel, panel + panels) of rows [first, last). With weights to unpack, several panels
 // only if the rows fit one pass.
-void run_panels(const ProjectPlan& plan, int panel, int panels, int first, int last, std::byte* work) {
+void run_panels(const ProjectPlan& plan, int panel, int panels, int first, int last, std::byte* work, Lookahead& rank) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const bool stored = kLevels || !quantized(plan.dtype);
   float* c = reinterpret_cast<float*>(work);
@@ -139,12 +139,12 @@ void run_panels(const ProjectPlan& plan, int panel, int panels, int first, int l
       const std::byte* weights = plan.weights + (panel + i) * plan.panel_bytes;
       Source source = stored ? (row == 0 ? Source::memory : Source::cache) : last - first > 32 ? Source::unpacked : Source::packed;
       if (!stored && row > first) source = Source::cache, weights = room;
-      gemm(plan, p0, row, rows, weights, source, room, c + i * kPanel);
+      gemm(plan, p0, row, rows, weights, source, room, rank, c + i * kPanel);
       bool same = true;  // do both blocks see the same inputs?
       for (int t = row / kRowTile; p0 != p1 && t <= (row + rows - 1) / kRowTile; ++t)
         same = same && plan.tiles[p0 * row_tiles + t] == plan.tiles[p1 * row_tiles + t];
       if (!same) {
-        gemm(plan, p1, row, rows, weights, stored ? Source::cache : source, room, other);
+        gemm(plan, p1, row, rows, weights, stored ? Source::cache : source, room, rank, other);
         for (int r = 0; r < rows; ++r)
           std::memcpy(c + r * kStride + i * kPanel + kBlock, other + r * kStride + kBlock, kBlock * sizeof(float));
       }
@@ -166,8 +166,8 @@ int chunk_rows(const ProjectPlan& plan) {
 // will probably come then.
 void read_ahead(const ProjectPlan& plan, int worker) {
   constexpr std::size_t kMost = 256 * 1024;  // what a gap of some 15 us can read
-  const Following* next = plan.following;
-  if (!next || !next->weights) return plan.threads->read_ahead(worker, nullptr, 0);
+  const PackedLinear* next = plan.next;
+  if (!next) return plan.threads->read_ahead(worker, nullptr, 0);
   const std::int64_t panels = next->num_panels, size = plan.threads->size();
   const std::int64_t first = panels * worker / size, last = panels * (worker + 1) / size;
   const std::size_t bytes = static_cast<std::size_t>(last - first) * next->panel_bytes;
@@ -196,12 +196,14 @@ void project(const ProjectPlan& plan) {
         for (int i = run.first; i < run.last; ++i) low_rank(plan, plan.tasks[i], ahead, work);
       threads.wait(1);
     }
+    const std::int64_t passes = (plan.rows + kRows - 1) / kRows;
+    Lookahead rank(plan, worker, passes * plan.num_panels * (plan.k_padded / 32) / threads.size());
     while (const ThreadPool::Run run = threads.take(2, worker, most))
       for (int i = run.first; i < run.last;) {  // item = chunk of rows, panel
         const int panel = i % plan.num_panels, first = i / plan.num_panels * chunk;
         int panels = plan.num_panels - panel;
         if (panels > run.last - i) panels = run.last - i;
-        run_panels(plan, panel, panels, first, first + chunk < plan.rows ? first + chunk : plan.rows, work);
+        run_panels(plan, panel, panels, first, first + chunk < plan.rows ? first + chunk : plan.rows, work, rank);
         i += panels;
       }
     leave();

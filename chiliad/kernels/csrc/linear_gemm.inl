@@ -46,9 +46,11 @@ constexpr int kNear = 6144;
 
 // c[R][32] (+)= R rows of an input tile times `count` weight tiles. Lines: cache lines of the next
 // stretch that are fetched per two steps; all passes over a stretch together fetch all of it, so
-// that memory is asked evenly.
-template <int R, int Lines>
-void multiply(const std::byte* a, const std::byte* b, int count, bool add, const std::byte* next, float* c) {
+// that memory is asked evenly. Rank: rank rows are fetched as well,
+// 8 lines per step of k from each of these places.
+template <int R, int Lines, bool Rank>
+void multiply(const std::byte* a, const std::byte* b, int count, bool add, const std::byte* next,
+              const std::byte* const* rank, float* c) {
   __m512 sum[R][2];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) sum[r][v] = add ? vload(c + r * kStride + v * kLanes) : _mm512_setzero_ps();
@@ -66,14 +68,16 @@ void multiply(const std::byte* a, const std::byte* b, int count, bool add, const
         }
       }
       for (int line = 0; line < Lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+      if (Rank) _mm_prefetch(rank[k] + 32 * i, _MM_HINT_T1);
     }
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 2; ++v) vstore(c + r * kStride + v * kLanes, sum[r][v]);
 }
 
 // c[rows][32] = up to 32 rows (two input tiles) times a panel, a stretch of k at a time.
-void gemm_bf16(const std::byte* const* tiles, const std::byte* panel, int rows, int k_padded, bool fetch, float* c) {
+void gemm_bf16(const std::byte* const* tiles, const std::byte* panel, int rows, int k_padded, bool fetch, Lookahead& rank, float* c) {
   constexpr int kMost = 8;
+  const std::byte* rank_rows[kStretch];
   const int passes = (rows + kMost - 1) / kMost;
   // equal stretches, lest a short one fetch too little of a long one that follows
   const int steps = k_padded / 32, stretches = (steps + kStretch - 1) / kStretch, stretch = (steps + stretches - 1) / stretches;
@@ -83,11 +87,16 @@ void gemm_bf16(const std::byte* const* tiles, const std::byte* panel, int rows, 
     for (int r = 0, pass = 0; r < rows; ++pass) {
       const std::byte* a = tiles[r / kRowTile] + k * 1024 + r % kRowTile * 64;
       float* to = c + r * kStride;
+      const bool some = rank && rank.chunks(count, b, rank_rows);
+      auto choose = [&]<int R, bool Rank>() {
+        if (!fetch || (passes == 3 && pass == 2)) return multiply<R, 0, Rank>(a, b, count, k > 0, next, rank_rows, to);
+        if (passes == 1) return multiply<R, R == 1 ? 0 : 4, Rank>(a, b, count, k > 0, b + kNear, rank_rows, to);
+        if (passes <= 3) return multiply<R, 2, Rank>(a, b, count, k > 0, next + pass * count * 1024, rank_rows, to);
+        multiply<R, 1, Rank>(a, b, count, k > 0, next + pass * count * 512, rank_rows, to);
+      };
       auto call = [&]<int R>() {
-        if (!fetch || (passes == 3 && pass == 2)) return multiply<R, 0>(a, b, count, k > 0, next, to);
-        if (passes == 1) return multiply<R, R == 1 ? 0 : 4>(a, b, count, k > 0, b + kNear, to);
-        if (passes <= 3) return multiply<R, 2>(a, b, count, k > 0, next + pass * count * 1024, to);
-        multiply<R, 1>(a, b, count, k > 0, next + pass * count * 512, to);
+        if (some) choose.template operator()<R, true>();
+        else choose.template operator()<R, false>();
       };
       const int left_rows = rows - r;
       if (left_rows >= 8) call.template operator()<8>(), r += 8;
@@ -275,7 +284,7 @@ enum class Source {
 };
 
 // c[rows][32] for up to 32 rows from `row` (a multiple of 16), with the inputs of projection p.
-void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* panel, Source source, std::byte* room, float* c) {
+void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* panel, Source source, std::byte* room, [[maybe_unused]] Lookahead& rank, float* c) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const std::byte* const* tiles = plan.tiles + p * row_tiles + row / kRowTile;
 #if defined(__AMX_BF16__)
@@ -294,14 +303,14 @@ void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* pa
   }
 #endif
 #if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
-  if (quantized(plan.dtype)) return gemm_levels(plan, tiles, panel, rows, source == Source::memory, c);
+  if (quantized(plan.dtype)) return gemm_levels(plan, tiles, panel, rows, source == Source::memory, rank, c);
 #endif
   if (source == Source::packed || source == Source::unpacked) {
     for (int step = 0; step < plan.k_padded / 32; ++step) unpack_pair(plan.dtype, panel, step, room + step * 2048);
     panel = room;
   }
 #if defined(__AVX512BF16__)
-  if (plan.dtype != DType::float32) return gemm_bf16(tiles, panel, rows, plan.k_padded, source == Source::memory, c);
+  if (plan.dtype != DType::float32) return gemm_bf16(tiles, panel, rows, plan.k_padded, source == Source::memory, rank, c);
 #endif
   gemm_tile(plan, tiles[0], panel, rows < kRowTile ? rows : kRowTile, c);
   if (rows > kRowTile) gemm_tile(plan, tiles[1], panel, rows - kRowTile, c + kRowTile * kStride);

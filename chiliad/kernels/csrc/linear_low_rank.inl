@@ -1,83 +1,13 @@
 // Phase 1 of a projection: the low rank parts, z = scale * (A x) and, with few rows, delta = z B.
 #pragma once
 
+#include "linear_ahead.inl"
 #include "linear_inputs.inl"
 
 namespace chiliad {
 namespace {
 
 // ---- phase 1: low rank ----
-
-// What a worker will read: the rank rows of its tasks in their order, A before B, as lines of
-// memory. Whoever reads lines for the first time asks for as many of those that come later, so
-// that the distance stays the same. Rows are found one by one: where a page of the pool ends, so
-// does every pattern that the processor could see.
-class Ahead {
- public:
-  explicit Ahead(const ProjectPlan& plan) : plan_(plan) {}
-
-  // Before a task is worked on. If it follows the last one, its first lines were asked for.
-  void begin(const Task* task) {
-    const bool follows = task == expected_;
-    expected_ = task + 1;
-    if (follows) return;
-    task_ = task;
-    enter(false);
-    lines_ = 0;
-    fetch(kDistance);
-  }
-
-  CHILIAD_INLINE void fetch(int lines) {
-    while (lines > lines_) {
-      lines -= lines_;
-      ask(lines_);
-      if (!next_row()) return;
-    }
-    ask(lines);
-    lines_ -= lines;
-  }
-
- private:
-  static constexpr int kDistance = 384;  // lines: 24 KB, which the L1 cache has room for
-  static constexpr int kLocality = kAmx ? 2 : 3;
-
-  CHILIAD_INLINE void ask(int lines) {
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(at_ + 64 * i, 0, kLocality);
-    at_ += 64 * lines;
-  }
-
-  // The A rows of task_, or its B rows.
-  void enter(bool b) {
-    const Use& use = *task_->use;
-    b_ = b;
-    row_ = b ? use.b : use.a;
-    end_ = row_ + use.rank;
-    row_lines_ = ((b ? use.size : plan_.in_features) * item_bytes(use.dtype) + 63) / 64;
-  }
-
-  bool next_row() {
-    lines_ = 0;
-    while (row_ == end_) {
-      if (b_ || !plan_.delta) {
-        if (task_ + 1 == plan_.tasks + plan_.num_tasks) return false;
-        ++task_;
-        enter(false);
-      } else {
-        enter(true);
-      }
-    }
-    at_ = plan_.arena + *row_++;
-    lines_ = row_lines_;
-    return true;
-  }
-
-  const ProjectPlan& plan_;
-  const Task *task_ = nullptr, *expected_ = nullptr;
-  bool b_ = false;
-  const std::int64_t *row_ = nullptr, *end_ = nullptr;  // rows not yet begun
-  const std::uint8_t* at_ = nullptr;  // the next line of the row that was begun
-  int lines_ = 0, row_lines_ = 0;     // left of it, and of a whole row
-};
 
 // z[rank][R] * B[rank][16 NB columns], summed over ranks in their order, is added to `to` (or
 // stored there). Blocks are `step` floats apart, rows `stride`. `ahead`: if B is read for the
@@ -126,11 +56,11 @@ void expand_rest(const Use& use, const std::uint8_t* arena, int column, int widt
 
 // `rows` rows from row `first`, `count` full blocks and `rest` columns.
 template <class T, bool Add>
-void expand_blocks(const Use& use, const std::uint8_t* arena, int column, int count, int rest, int first, int rows,
+void expand_blocks(const Use& use, const std::uint8_t* arena, const float* z, int column, int count, int rest, int first, int rows,
                    float* to, std::size_t stride, int step, Ahead* ahead) {
   constexpr int kMany = 8 / kVecs > 1 ? 8 / kVecs : 1;   // blocks at once for one row
   constexpr int kFew = kMany > 2 ? kMany / 2 : 1;        // and for four
-  const float* z = use.z + (first - use.start);
+  z += use.z + (first - use.start);
   int r = 0;
   auto pass = [&]<int R, int NB>(int& b) {
     for (; b + NB <= count; b += NB)
@@ -237,7 +167,7 @@ void shrink(const ProjectPlan& plan, const Task& task, const X& x, int rank, int
   const Use& use = *task.use;
   const int ldz = use.stop - use.start;
   auto pass = [&]<int R, int J>(int row, int j) {
-    float* z = use.z + static_cast<std::size_t>(j) * ldz + (row - use.start);
+    float* z = plan.z + use.z + static_cast<std::size_t>(j) * ldz + (row - use.start);
     dots<T, R, J>(plan.arena, use.a + j, x, row, plan.in_features, use.scale + j, z, ldz, row == task.row ? &ahead : nullptr);
   };
   int row = task.row;
@@ -327,7 +257,7 @@ void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, int stop,
     const int high = task.row + task.rows < start + kRowTile ? task.row + task.rows - start : kRowTile;
     const __mmask16 mask = static_cast<__mmask16>(((1u << high) - 1) & ~((1u << low) - 1));
     for (int j = 0; j < ranks; ++j) {
-      float* z = use.z + static_cast<std::size_t>(rank + j) * ldz + (start - use.start);
+      float* z = plan.z + use.z + static_cast<std::size_t>(rank + j) * ldz + (start - use.start);
       _mm512_mask_storeu_ps(z, mask, _mm512_load_ps(sums[t][j]) * vset(use.scale[rank + j]));
     }
   }
@@ -354,7 +284,7 @@ void low_rank(const ProjectPlan& plan, const Task& task, Ahead& ahead, [[maybe_u
   float* to = plan.delta + static_cast<std::size_t>(task.row) * plan.out_features + use.first;
   const int count = use.size / kBlock, rest = use.size % kBlock;
   with_rows(use.dtype, [&]<class T>() {
-    expand_blocks<T, false>(use, plan.arena, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, &ahead);
+    expand_blocks<T, false>(use, plan.arena, plan.z, 0, count, rest, task.row, task.rows, to, plan.out_features, kBlock, &ahead);
   });
 }
 

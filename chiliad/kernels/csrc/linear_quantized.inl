@@ -9,7 +9,7 @@
 //            multiplied anyway.
 #pragma once
 
-#include "linear_common.h"
+#include "linear_ahead.inl"
 
 namespace chiliad {
 namespace {
@@ -185,11 +185,17 @@ struct Fetch {
 };
 
 // c[R][32] = a[R][K] * panel. Rows of c are kStride apart.
-template <class Levels, bool Minimum, int R>
-void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, int k_padded, const Fetch& fetch, float* c) {
+template <class Levels, bool Minimum, int R, bool Rank>
+void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, int k_padded, const Fetch& fetch,
+                 Lookahead& rank, float* c) {
   constexpr int kTile = Levels::kLoads * 64, kBytes = 2 * kTile + (Minimum ? 128 : 64);
   const Levels levels;
+  constexpr int kSome = 8, kLines = Lookahead::kChunk / Levels::kLoads;
+  const std::byte* rank_rows[kSome];
+  bool some = false;
   for (int k = 0; k < k_padded; k += 32, a += 1024, sums += kRowTile, panel += kBytes) {
+    if (Rank && k / 32 % kSome == 0) some = rank && rank.chunks(kSome, panel, rank_rows);
+    const std::byte* rank_at = Rank && some ? rank_rows[k / 32 % kSome] : panel;
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (int line = fetch.first; line < fetch.last; ++line) _mm_prefetch(panel + fetch.ahead + line * 64, _MM_HINT_T0);
@@ -206,6 +212,7 @@ void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, 
     for (int j = 0; j < Levels::kLoads; ++j) {
       const __m512i v0 = _mm512_load_si512(panel + j * 64), v1 = _mm512_load_si512(panel + kTile + j * 64);
       const std::byte* at = a + j * Levels::kPairs * 4;
+      for (int line = 0; Rank && line < kLines; ++line, rank_at += 64) _mm_prefetch(rank_at, _MM_HINT_T1);
       pair.template operator()<0>(v0, v1, at);
       pair.template operator()<1>(v0, v1, at);
       if constexpr (Levels::kPairs == 4) {
@@ -230,7 +237,8 @@ void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, 
 // later; several share the next panel, each as much as its part of the rows, so that memory is
 // asked evenly.
 template <class Levels, bool Minimum>
-void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const std::byte* panel, int rows, bool fetch, float* c) {
+void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const std::byte* panel, int rows, bool fetch,
+                 Lookahead& rank, float* c) {
   constexpr int kMost = 8, kLines = 2 * Levels::kLoads + (Minimum ? 2 : 1);
   constexpr std::ptrdiff_t kNear = 16384;  // bytes, measured: 8 to 24 KB are equal, 3 KB take 10 to 20 % longer
   const auto ahead = rows > kMost ? static_cast<std::ptrdiff_t>(plan.panel_bytes) : kNear;
@@ -239,8 +247,9 @@ void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const s
     const int row = r % kRowTile;
     auto pass = [&]<int R>() {
       const Fetch lines{ahead, fetch ? kLines * r / rows : 0, fetch ? kLines * (r + R) / rows : 0};
-      gemm_levels<Levels, Minimum, R>(tile + row * 64, reinterpret_cast<const float*>(tile + plan.sums_at) + row, panel,
-                                      plan.k_padded, lines, c + r * kStride);
+      auto* call = rank ? gemm_levels<Levels, Minimum, R, true> : gemm_levels<Levels, Minimum, R, false>;
+      call(tile + row * 64, reinterpret_cast<const float*>(tile + plan.sums_at) + row, panel, plan.k_padded, lines, rank,
+           c + r * kStride);
       r += R;
     };
     const int left = rows - r;
@@ -251,9 +260,10 @@ void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const s
   }
 }
 
-void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const std::byte* panel, int rows, bool fetch, float* c) {
+void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const std::byte* panel, int rows, bool fetch,
+                 Lookahead& rank, float* c) {
   auto* call = plan.dtype == DType::int4 ? gemm_levels<Int4Levels, true> : gemm_levels<Int8Levels, false>;
-  call(plan, tiles, panel, rows, fetch, c);
+  call(plan, tiles, panel, rows, fetch, rank, c);
 }
 
 #endif

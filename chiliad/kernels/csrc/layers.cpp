@@ -1,0 +1,70 @@
+#include "layers.h"
+
+#include <algorithm>
+#include <string>
+
+namespace chiliad {
+
+namespace {
+
+constexpr int kActivationScratch = 7;  // index into Kernels::scratch
+
+bool gated(Activation activation) {
+  return activation == Activation::silu_mul || activation == Activation::gelu_tanh_mul;
+}
+
+int inner(const Layer& layer) { return layer.up->out_features / (gated(layer.activation) ? 2 : 1); }
+
+}  // namespace
+
+void check_layers(const std::vector<Layer>& layers) {
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    const int hidden = layers[0].qkv->in_features;
+    if (layer.qkv->in_features != hidden || layer.out->out_features != hidden || layer.up->in_features != hidden ||
+        layer.down->out_features != hidden || layer.down->in_features != inner(layer) ||
+        layer.qkv->out_features <= layer.out->in_features)
+      throw KernelError("the weights of layer " + std::to_string(i) + " do not fit each other");
+  }
+}
+
+void run_layers(Kernels& kernels, const std::vector<Layer>& layers, const Step& step, float* x) {
+  const Arena& arena = kernels.arena;
+  const std::size_t rows = static_cast<std::size_t>(step.num_tokens);
+  std::size_t wide = 0, narrow = 0;  // floats of a row: qkv or what the MLP holds; what attention or a norm takes
+  for (const Layer& layer : layers) {
+    const int q = layer.num_heads * arena.head_dim, kv = arena.num_kv_heads * arena.head_dim;
+    if (layer.out->in_features != q || layer.qkv->out_features != q + 2 * kv)
+      throw KernelError("the weights of attention do not fit the arena's KV layout: bind the arena of this model");
+    wide = std::max<std::size_t>({wide, static_cast<std::size_t>(layer.qkv->out_features), static_cast<std::size_t>(inner(layer))});
+    narrow = std::max<std::size_t>({narrow, static_cast<std::size_t>(layer.out->in_features), static_cast<std::size_t>(layer.qkv->in_features)});
+  }
+  float* a = nullptr;
+  {
+    std::lock_guard lock(kernels.busy);
+    a = reinterpret_cast<float*>(kernels.scratch(kActivationScratch, sizeof(float) * rows * (wide + narrow)));
+  }
+  float* b = a + rows * wide;
+  const int count = step.num_tokens;
+  // x += post(linear(from)), or without a norm in between
+  auto add = [&](PackedLinear& linear, const float* from, const Norm& post, float* room) {
+    if (post.kind == NormKind::none) return project(kernels, linear, &step, from, count, {}, Activation::none, x, true);
+    project(kernels, linear, &step, from, count, {}, Activation::none, room, false);
+    norm(kernels, room, count, linear.out_features, post, x, true);
+  };
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    const Layer& layer = layers[i];
+    const int number = static_cast<int>(i);
+    project(kernels, *layer.qkv, &step, x, count, layer.input_norm, Activation::none, a, false);
+    {
+      std::lock_guard lock(kernels.busy);
+      rope_kv(kernels, step, number, a, layer.num_heads, layer.rope, layer.q_norm, layer.k_norm);
+      attention(kernels, step, number, a, layer.num_heads, layer.scale, layer.window, b);
+    }
+    add(*layer.out, b, layer.post_attention_norm, a);
+    project(kernels, *layer.up, &step, x, count, layer.mlp_norm, layer.activation, a, false);
+    add(*layer.down, a, layer.post_mlp_norm, b);
+  }
+}
+
+}  // namespace chiliad
