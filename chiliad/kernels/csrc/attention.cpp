@@ -13,11 +13,13 @@ namespace {
 
 constexpr std::int64_t kItemBytes = 256 << 10;  // of KV per round of one item: a part of the L2 cache
 
-// Pages and positions of the step fit the arena and its tables, in this layer.
-void check(const Kernels& kernels, const Step& step, int layer, int num_heads) {
+}  // namespace
+
+void check_step(const Kernels& kernels, const Step& step, int first_layer, int last_layer, int num_heads) {
   const Arena& arena = kernels.arena;
   if (arena.data == nullptr) throw KernelError("bind_arena comes before attention");
-  if (layer < 0 || layer >= arena.num_layers) throw KernelError("layer " + std::to_string(layer) + " is not in the KV layout");
+  for (int layer : {first_layer, last_layer - 1})
+    if (layer < 0 || layer >= arena.num_layers) throw KernelError("layer " + std::to_string(layer) + " is not in the KV layout");
   if (num_heads <= 0 || num_heads % arena.num_kv_heads) throw KernelError("num_heads must be a multiple of num_kv_heads");
   if (step.num_sequences > 0 && step.num_layers != arena.num_layers) throw KernelError("page tables need one column per layer");
   const std::int64_t num_pages = arena.bytes / arena.page_bytes;
@@ -26,18 +28,16 @@ void check(const Kernels& kernels, const Step& step, int layer, int num_heads) {
     const int blocks = (context + arena.block_tokens - 1) / arena.block_tokens;
     if (rows > context || blocks > step.num_blocks[i] || step.positions[step.row_start[i]] != context - rows)
       throw KernelError("sequence " + std::to_string(i) + ": context, positions and page table do not fit");
-    for (int b = 0; b < blocks; ++b) {
-      const std::int64_t page = step.page_tables[i][std::int64_t{b} * arena.num_layers + layer];
-      if (page < 0 || page >= num_pages) throw KernelError("page " + std::to_string(page) + " is not in the arena");
-    }
+    for (int b = 0; b < blocks; ++b)
+      for (int layer = first_layer; layer < last_layer; ++layer) {
+        const std::int64_t page = step.page_tables[i][std::int64_t{b} * arena.num_layers + layer];
+        if (page < 0 || page >= num_pages) throw KernelError("page " + std::to_string(page) + " is not in the arena");
+      }
   }
 }
 
-}  // namespace
-
 void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
                int window, float* out) {
-  check(kernels, step, layer, num_heads);
   const Arena& arena = kernels.arena;
   const AttentionOps& ops = attention_ops(kernels.isa);
   const int block = arena.block_tokens, head_dim = arena.head_dim, group = num_heads / arena.num_kv_heads;
@@ -132,7 +132,6 @@ void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, 
 
 void rope_kv(Kernels& kernels, const Step& step, int layer, float* qkv, int num_heads, const Rope& rope,
              const Norm& q_norm, const Norm& k_norm) {
-  check(kernels, step, layer, num_heads);
   const Arena& arena = kernels.arena;
   const RopeOps& ops = rope_ops(kernels.isa);
   RopeCall call{};

@@ -83,6 +83,10 @@ struct RopeOps {
   void (*item)(const RopeCall&, const RopeItem&);
 };
 
+// Pages and positions of the step fit the arena and its tables in layers [first, last): before anything
+// else is called with it. Throws KernelError.
+void check_step(const Kernels& kernels, const Step& step, int first_layer, int last_layer, int num_heads);
+
 void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
                int window, float* out);
 void rope_kv(Kernels& kernels, const Step& step, int layer, float* qkv, int num_heads, const Rope& rope,

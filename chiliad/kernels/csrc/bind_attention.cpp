@@ -63,6 +63,7 @@ void bind_rope_kv(Kernels& kernels, const Step& step, int layer, std::uintptr_t 
                   float k_eps) {
   const nb::gil_scoped_release released;
   const std::lock_guard<std::mutex> held(kernels.busy);
+  check_step(kernels, step, layer, layer + 1, num_heads);
   rope_kv(kernels, step, layer, pointer<float>(qkv), num_heads,
           {pointer<const float>(cos), pointer<const float>(sin), half, max_position},
           {NormKind(q_kind), pointer<const float>(q_weight), pointer<const float>(q_bias), q_eps},
@@ -73,6 +74,7 @@ void bind_attention(Kernels& kernels, const Step& step, int layer, std::uintptr_
                     int window, std::uintptr_t out) {
   const nb::gil_scoped_release released;
   const std::lock_guard<std::mutex> held(kernels.busy);
+  check_step(kernels, step, layer, layer + 1, num_heads);
   attention(kernels, step, layer, pointer<const float>(qkv), num_heads, scale, window, pointer<float>(out));
 }
 

@@ -23,7 +23,7 @@ void check_layers(const std::vector<Layer>& layers) {
     const int hidden = layers[0].qkv->in_features;
     if (layer.qkv->in_features != hidden || layer.out->out_features != hidden || layer.up->in_features != hidden ||
         layer.down->out_features != hidden || layer.down->in_features != inner(layer) ||
-        layer.qkv->out_features <= layer.out->in_features)
+        layer.qkv->out_features <= layer.out->in_features || layer.num_heads != layers[0].num_heads)
       throw KernelError("the weights of layer " + std::to_string(i) + " do not fit each other");
   }
 }
@@ -42,6 +42,7 @@ void run_layers(Kernels& kernels, const std::vector<Layer>& layers, const Step& 
   float* a = nullptr;
   {
     std::lock_guard lock(kernels.busy);
+    check_step(kernels, step, 0, static_cast<int>(layers.size()), layers[0].num_heads);
     a = reinterpret_cast<float*>(kernels.scratch(kActivationScratch, sizeof(float) * rows * (wide + narrow)));
   }
   float* b = a + rows * wide;
