@@ -48,15 +48,15 @@ def step_seconds(driver: Drive, rows: Adapters, prompt: int, steps: int) -> list
     return times[1:]  # the first decode step may finish a prompt
 
 
-def interleaved(cases: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, float]:
-    """Median seconds of a step by case; every round runs every case, in an order of its own."""
+def interleaved(cases: dict[str, Callable[[], list[float]]], rounds: int) -> dict[str, list[float]]:
+    """Median seconds of a step, by case and round; every round runs every case, in an order of its own."""
     for call in cases.values():
         call()
     medians: dict[str, list[float]] = {name: [] for name in cases}
     for i in range(rounds):
         for name in random.Random(i).sample(sorted(cases), len(cases)):
             medians[name].append(median(cases[name]()))
-    return {name: median(values) for name, values in medians.items()}
+    return medians
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def python_share(driver: Drive, rows: Adapters, steps: int) -> float:
 
 def main() -> None:
     args = arguments(
-        __doc__, quick={"rounds": 1, "context": 512, "residents": 20}, rounds=7, context=4096, residents=200
+        __doc__, quick={"rounds": 1, "context": 512, "residents": 20}, rounds=11, context=4096, residents=200
     )
     report = Report("What does a decode step of 32 rows cost, and for what?", args)
     memory = lambda model: int(3e9)  # noqa: E731
@@ -140,18 +140,22 @@ def main() -> None:
             for name, mix in MIXES.items()
         }
         cases = {"base": batch(base)} | {name: batch(rows) for name, rows in mixes.items()}
-        seconds = interleaved(cases, args.rounds)
+        by_round = interleaved(cases, args.rounds)
+        seconds = {name: median(values) for name, values in by_round.items()}
         nbytes = {
             name: sum(adapter_bytes(model, rank) * count for rank, count in mix.items())
             for name, mix in MIXES.items()
         }
-        beyond = {name: seconds[name] - seconds["base"] for name in mixes}
+        beyond = {  # the machine changes its speed between rounds more than within them
+            name: median(a - b for a, b in zip(by_round[name], by_round["base"], strict=True))
+            for name in mixes
+        }
         rate = sum(beyond.values()) / sum(nbytes.values())  # seconds per byte, over all mixes
         for name in mixes:
             ratio = beyond[name] / (rate * nbytes[name])
             report.target(f"ranks {name}: time beyond the base / its share by bytes", abs(ratio - 1), 0.15)
             say(
-                f"  {1e3 * seconds[name]:.2f} ms, base {1e3 * seconds['base']:.2f}; {nbytes[name] / 1e6:.0f} MB"
+                f"  {1e3 * beyond[name]:.2f} ms beyond {1e3 * seconds['base']:.2f}; {nbytes[name] / 1e6:.0f} MB"
             )
         report.result["ranks"] = {
             "step_seconds": seconds,
@@ -189,13 +193,14 @@ def main() -> None:
     # base rows, with and without adapters in the pool: two engines, in turn
     with scratch(args) as root, drive(args, memory) as empty, drive(args, memory) as full:
         full.touch(full.add(root / "residents", args.residents, 16, linked=True))
-        seconds = interleaved(
+        by_round = interleaved(
             {
                 "none resident": lambda: step_seconds(empty, base, PROMPT, 24),
                 f"{args.residents} resident": lambda: step_seconds(full, base, PROMPT, 24),
             },
             args.rounds,
         )
+        seconds = {name: median(values) for name, values in by_round.items()}
         with_them, without = seconds[f"{args.residents} resident"], seconds["none resident"]
         report.result["base_rows"] = seconds
         report.target("base rows beside resident adapters / without", with_them / without, 1.03)
