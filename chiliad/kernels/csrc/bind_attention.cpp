@@ -28,7 +28,7 @@ T* pointer(std::uintptr_t address) {
 void embed(Kernels& kernels, std::uintptr_t table, std::int64_t vocab, int hidden, bool bfloat16, std::uintptr_t ids,
            std::int64_t count, float scale, std::uintptr_t out) {
   const nb::gil_scoped_release released;
-  const std::lock_guard<std::mutex> held(kernels.busy);
+  const std::lock_guard held(kernels.busy);
   const std::int64_t* id = pointer<const std::int64_t>(ids);
   for (std::int64_t i = 0; i < count; ++i)
     if (id[i] < 0 || id[i] >= vocab)
@@ -62,7 +62,7 @@ void bind_rope_kv(Kernels& kernels, const Step& step, int layer, std::uintptr_t 
                   std::uintptr_t q_bias, float q_eps, int k_kind, std::uintptr_t k_weight, std::uintptr_t k_bias,
                   float k_eps) {
   const nb::gil_scoped_release released;
-  const std::lock_guard<std::mutex> held(kernels.busy);
+  const std::lock_guard held(kernels.busy);
   check_step(kernels, step, layer, layer + 1, num_heads);
   rope_kv(kernels, step, layer, pointer<float>(qkv), num_heads,
           {pointer<const float>(cos), pointer<const float>(sin), half, max_position},
@@ -73,7 +73,7 @@ void bind_rope_kv(Kernels& kernels, const Step& step, int layer, std::uintptr_t 
 void bind_attention(Kernels& kernels, const Step& step, int layer, std::uintptr_t qkv, int num_heads, float scale,
                     int window, std::uintptr_t out) {
   const nb::gil_scoped_release released;
-  const std::lock_guard<std::mutex> held(kernels.busy);
+  const std::lock_guard held(kernels.busy);
   check_step(kernels, step, layer, layer + 1, num_heads);
   attention(kernels, step, layer, pointer<const float>(qkv), num_heads, scale, window, pointer<float>(out));
 }
@@ -139,7 +139,7 @@ void bind_sample(Kernels& kernels, std::uintptr_t logits, int count, int vocab, 
     if (row.logprobs > top_width) throw KernelError("logprobs ask for more tokens than top_width");
   }
   const nb::gil_scoped_release released;
-  const std::lock_guard<std::mutex> held(kernels.busy);
+  const std::lock_guard held(kernels.busy);
   sample(kernels, pointer<float>(logits), vocab, rows, pointer<std::int32_t>(tokens), pointer<float>(logprob),
          pointer<std::int32_t>(top_ids), pointer<float>(top_logprobs), top_width);
 }

@@ -60,7 +60,7 @@ class Kernels {
   std::uint64_t early_step = 0;
   const struct Uses* early_of = nullptr;
   Arena arena;  // set by bind
-  std::mutex busy;  // one op at a time: hold it while using threads or scratch
+  std::recursive_mutex busy;  // one op at a time, `layers` being one: hold it while using threads or scratch
 
   void bind(const Arena& arena);
 

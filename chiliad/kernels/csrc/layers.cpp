@@ -29,23 +29,21 @@ void check_layers(const std::vector<Layer>& layers) {
 }
 
 void run_layers(Kernels& kernels, const std::vector<Layer>& layers, const Step& step, float* x) {
+  std::lock_guard lock(kernels.busy);
   const Arena& arena = kernels.arena;
   const std::size_t rows = static_cast<std::size_t>(step.num_tokens);
-  std::size_t wide = 0, narrow = 0;  // floats of a row: qkv or what the MLP holds; what attention or a norm takes
+  const int hidden = layers[0].qkv->in_features;
+  int wide = hidden, narrow = hidden;  // floats of a row: qkv or what the MLP holds; what attention makes
   for (const Layer& layer : layers) {
     const int q = layer.num_heads * arena.head_dim, kv = arena.num_kv_heads * arena.head_dim;
     if (layer.out->in_features != q || layer.qkv->out_features != q + 2 * kv)
       throw KernelError("the weights of attention do not fit the arena's KV layout: bind the arena of this model");
-    wide = std::max<std::size_t>({wide, static_cast<std::size_t>(layer.qkv->out_features), static_cast<std::size_t>(inner(layer))});
-    narrow = std::max<std::size_t>({narrow, static_cast<std::size_t>(layer.out->in_features), static_cast<std::size_t>(layer.qkv->in_features)});
+    wide = std::max({wide, layer.qkv->out_features, inner(layer)});
+    narrow = std::max(narrow, q);
   }
-  float* a = nullptr;
-  {
-    std::lock_guard lock(kernels.busy);
-    check_step(kernels, step, 0, static_cast<int>(layers.size()), layers[0].num_heads);
-    a = reinterpret_cast<float*>(kernels.scratch(kActivationScratch, sizeof(float) * rows * (wide + narrow)));
-  }
-  float* b = a + rows * wide;
+  check_step(kernels, step, 0, static_cast<int>(layers.size()), layers[0].num_heads);
+  float* a = reinterpret_cast<float*>(kernels.scratch(kActivationScratch, sizeof(float) * rows * static_cast<std::size_t>(wide + narrow)));
+  float* b = a + rows * static_cast<std::size_t>(wide);
   const int count = step.num_tokens;
   // x += post(linear(from)), or without a norm in between
   auto add = [&](PackedLinear& linear, const float* from, const Norm& post, float* room) {
@@ -57,11 +55,8 @@ void run_layers(Kernels& kernels, const std::vector<Layer>& layers, const Step& 
     const Layer& layer = layers[i];
     const int number = static_cast<int>(i);
     project(kernels, *layer.qkv, &step, x, count, layer.input_norm, Activation::none, a, false);
-    {
-      std::lock_guard lock(kernels.busy);
-      rope_kv(kernels, step, number, a, layer.num_heads, layer.rope, layer.q_norm, layer.k_norm);
-      attention(kernels, step, number, a, layer.num_heads, layer.scale, layer.window, b);
-    }
+    rope_kv(kernels, step, number, a, layer.num_heads, layer.rope, layer.q_norm, layer.k_norm);
+    attention(kernels, step, number, a, layer.num_heads, layer.scale, layer.window, b);
     add(*layer.out, b, layer.post_attention_norm, a);
     project(kernels, *layer.up, &step, x, count, layer.mlp_norm, layer.activation, a, false);
     add(*layer.down, a, layer.post_mlp_norm, b);
