@@ -357,8 +357,10 @@ class CpuKernels(ReferenceKernels):
     def pack_layers(self, layers: Sequence[LayerSpec]) -> CpuLayers:
         described = []
         for layer in layers:
-            linears = [layer.qkv, layer.out, layer.up, layer.down]
-            hidden, head_dim = layer.qkv.spec.in_features, layer.out.spec.in_features // layer.num_heads
+            linears = [_packed(linear) for linear in (layer.qkv, layer.out, layer.up, layer.down)]
+            if layer.num_heads <= 0 or layer.activation not in _ACTIVATIONS:
+                raise KernelError(f"no layer has {layer.num_heads} heads and activation {layer.activation}")
+            hidden, head_dim = linears[0].spec.in_features, linears[1].spec.in_features // layer.num_heads
             norms = [
                 (layer.input_norm, hidden),
                 (layer.q_norm, head_dim),
@@ -370,7 +372,7 @@ class CpuKernels(ReferenceKernels):
             described.append(
                 (
                     [_NO_NORM if norm is None else _norm(norm, size) for norm, size in norms],
-                    [_packed(linear).native for linear in linears],
+                    [linear.native for linear in linears],
                     (0, 0, 0, 0) if layer.rope is None else _rope(*layer.rope, head_dim),
                     layer.num_heads,
                     layer.window,

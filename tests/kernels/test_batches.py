@@ -22,6 +22,8 @@ from chiliad.kernels.base import (
     Segment,
 )
 from chiliad.kernels.cases import ArenaBuilder, seed_of, simple_step
+from chiliad.kernels.cases import test_cases as table
+from chiliad.kernels.cases_layers import FAMILIES, layers_case
 from chiliad.kernels.reference import ReferenceKernels
 
 pytest.importorskip("chiliad.kernels._core", reason="the C++ core is not installed")
@@ -125,6 +127,20 @@ def test_an_adapter_out_of_bounds_fails_only_its_own_step() -> None:
         assert torch.equal(world.run(x, [0, 1]), good)
 
 
+def test_sampling_after_layers() -> None:
+    """What one op leaves in memory, no other stumbles over: penalties count from nought."""
+    kernels, reference = CpuKernels(threads=2), ReferenceKernels()
+    layers = layers_case(FAMILIES[0], [(9, 9), (40, 17), (33, 1)], "float32").prepare(kernels)
+    for case in table():
+        if case.op == "sample":
+            sample, expected = case.prepare(kernels), case.prepare(reference).call()
+            layers.call()
+            for y, want in zip(sample.call(), expected, strict=True):
+                assert (y.float() - want.float()).abs().max() <= case.tolerance * (
+                    1 + want.float().abs().max()
+                )
+
+
 def layer_of(kernels: CpuKernels, qkv: int = 64, out: int = 32, up: int = 48, down: int = 24) -> LayerSpec:
     """Two heads of 16 that share one key-value head: zeros, hidden size 32."""
 
@@ -160,6 +176,13 @@ def test_layers_refuse_what_does_not_fit() -> None:
     for sizes in ({"out": 64}, {"up": 50}, {"down": 23}):
         with pytest.raises(KernelError, match="do not fit each other"):
             kernels.pack_layers([layer_of(kernels, **sizes)])
+    with pytest.raises(KernelError, match="pack_linear"):
+        kernels.pack_layers([replace(layer_of(kernels), qkv=object())])
+    with pytest.raises(KernelError, match="0 heads"):
+        kernels.pack_layers([replace(layer_of(kernels), num_heads=0)])
+    uneven = kernels.pack_linear(torch.zeros(48, 32), None, LinearSpec(32, (28, 20), (-1, -1), "float32"))
+    with pytest.raises(KernelError, match="do not fit each other"):
+        kernels.pack_layers([replace(layer_of(kernels), up=uneven)])
     with pytest.raises(KernelError, match="KV layout"):
         kernels.layers(x, step, kernels.pack_layers([layer_of(kernels, qkv=96)]))
     with pytest.raises(KernelError, match="layer 1 is not"):

@@ -111,7 +111,7 @@ void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, 
   const std::int64_t state = state_floats(head_dim) * call.item_heads;
   const std::int64_t each = (ops.scratch_floats(head_dim, call.item_heads) + 31) / 32 * 32;
   float* scratch = reinterpret_cast<float*>(
-      kernels.scratch(kAttentionScratch, sizeof(float) * (each * workers + state * num_parts)));
+      kernels.scratch(kWork, sizeof(float) * (each * workers + state * num_parts)));
   float* partial = scratch + each * workers;
   ThreadPool& threads = kernels.threads;
   const int num_items = static_cast<int>(parts.size());

@@ -40,7 +40,6 @@ struct AttentionTile {
 
 constexpr int kTileRows = 32;
 constexpr int kStepTokens = 128;
-constexpr int kAttentionScratch = 6;  // index into Kernels::scratch
 
 struct AttentionOps {
   // Floats of scratch that `tile` and `merge` need.

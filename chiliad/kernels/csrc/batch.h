@@ -74,6 +74,8 @@ struct Segment {
   const Adapter* adapter;  // null: the plain base
 };
 
+constexpr int kFewRows = 64;  // of a step: up to here reading weights and rank rows takes longer than the arithmetic
+
 // One step. The arrays belong to the Python step, which outlives this.
 struct Step {
   const std::uint64_t serial = new_serial();

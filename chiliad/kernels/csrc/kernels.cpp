@@ -65,6 +65,7 @@ void touch(std::uint8_t* data, std::size_t bytes) {
 }
 
 void Kernels::bind(const Arena& to) {
+  std::lock_guard lock(busy);
   arena = to;
   segments_.clear();
   step_ = 0;
@@ -77,8 +78,10 @@ std::uint64_t Kernels::batch_of(const Step* step) {
   others_.clear();
   for (const Segment& segment : step->segments)
     if (segment.adapter != nullptr) others_.emplace_back(segment.start, segment.stop, segment.adapter->serial);
-  if (others_ != segments_) {
+  const bool few = step->num_tokens <= kFewRows;
+  if (others_ != segments_ || few != few_) {
     segments_.swap(others_);
+    few_ = few;
     with_adapters_ = new_serial();
   }
   step_ = step->serial;
@@ -98,7 +101,7 @@ std::shared_ptr<std::byte> Kernels::keep(std::size_t bytes) {
   return piece;
 }
 
-std::byte* Kernels::scratch(int index, std::size_t bytes) {
+std::byte* Kernels::scratch(Scratch index, std::size_t bytes) {
   if (bytes > scratch_bytes_[index]) {
     scratch_[index] = allocate(bytes + bytes / 4);
     scratch_bytes_[index] = bytes + bytes / 4;

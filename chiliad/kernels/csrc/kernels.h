@@ -42,11 +42,15 @@ struct Stretch {
 };
 
 // Rank rows that one worker fetches before the linear that reads them is called.
-struct Early {
+struct alignas(64) Early {
   const Stretch *next = nullptr, *end = nullptr;  // not yet begun
   Stretch rest{};          // of the one that was
   std::int64_t lines = 0;  // left of all
 };
+
+// Who uses which scratch memory. Those that live no longer than their call share kWork; kCounts is all
+// zero between calls (see sample.h); kActivations lives through the ops of `layers`.
+enum Scratch { kInputs, kNormed, kScaled, kShrunk, kTurned, kDelta, kWork, kCounts, kActivations, kScratches };
 
 class Kernels {
  public:
@@ -56,16 +60,15 @@ class Kernels {
   std::shared_ptr<PackedLinear> reading;  // what idle threads may be reading ahead
   std::weak_ptr<PackedLinear> last;       // the linear that was projected last
   ThreadPool threads;  // after what its threads use
-  std::vector<Early> early;  // by worker: of the step with this serial and these uses
-  std::uint64_t early_step = 0;
-  const struct Uses* early_of = nullptr;
+  std::vector<Early> early;  // by worker
+  std::uint64_t early_step = 0, early_uses = 0;  // serials of what `early` is for
   Arena arena;  // set by bind
   std::recursive_mutex busy;  // one op at a time, `layers` being one: hold it while using threads or scratch
 
   void bind(const Arena& arena);
 
-  // A number that steps share when the same rows use the same adapters in the same arena. Null and
-  // steps of the plain base have one of their own.
+  // A number that steps share when the same rows use the same adapters in the same arena (and both have
+  // few rows, or many). Null and steps of the plain base have one of their own.
   std::uint64_t batch_of(const Step* step);
 
   // Memory for weights, cut from large stretches: a model's many small matrices share huge pages.
@@ -73,13 +76,13 @@ class Kernels {
   std::shared_ptr<std::byte> keep(std::size_t bytes);
 
   // At least `bytes` of scratch, 64-byte aligned, valid until the next call for this index.
-  std::byte* scratch(int index, std::size_t bytes);
-  static constexpr int kScratches = 8;
+  std::byte* scratch(Scratch index, std::size_t bytes);
 
  private:
   // (start, stop, adapter's serial) of the segments with adapters in the last step
   std::vector<std::tuple<int, int, std::uint64_t>> segments_, others_;
   std::uint64_t step_ = 0, batch_ = 0, with_adapters_ = 0;
+  bool few_ = false;
   Bytes scratch_[kScratches];
   std::size_t scratch_bytes_[kScratches] = {};
   std::shared_ptr<std::byte> stretch_;

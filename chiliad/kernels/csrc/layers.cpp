@@ -7,8 +7,6 @@ namespace chiliad {
 
 namespace {
 
-constexpr int kActivationScratch = 7;  // index into Kernels::scratch
-
 bool gated(Activation activation) {
   return activation == Activation::silu_mul || activation == Activation::gelu_tanh_mul;
 }
@@ -23,7 +21,8 @@ void check_layers(const std::vector<Layer>& layers) {
     const int hidden = layers[0].qkv->in_features;
     if (layer.qkv->in_features != hidden || layer.out->out_features != hidden || layer.up->in_features != hidden ||
         layer.down->out_features != hidden || layer.down->in_features != inner(layer) ||
-        layer.qkv->out_features <= layer.out->in_features || layer.num_heads != layers[0].num_heads)
+        layer.qkv->out_features <= layer.out->in_features || layer.num_heads != layers[0].num_heads ||
+        (gated(layer.activation) && !layer.up->paired))
       throw KernelError("the weights of layer " + std::to_string(i) + " do not fit each other");
   }
 }
@@ -42,7 +41,7 @@ void run_layers(Kernels& kernels, const std::vector<Layer>& layers, const Step& 
     narrow = std::max(narrow, q);
   }
   check_step(kernels, step, 0, static_cast<int>(layers.size()), layers[0].num_heads);
-  float* a = reinterpret_cast<float*>(kernels.scratch(kActivationScratch, sizeof(float) * rows * static_cast<std::size_t>(wide + narrow)));
+  float* a = reinterpret_cast<float*>(kernels.scratch(kActivations, sizeof(float) * rows * static_cast<std::size_t>(wide + narrow)));
   float* b = a + rows * static_cast<std::size_t>(wide);
   const int count = step.num_tokens;
   // x += post(linear(from)), or without a norm in between

@@ -2,7 +2,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace chiliad {
 
@@ -15,8 +14,6 @@ struct Plans {
   std::vector<int> scaled_at;
   std::vector<const std::byte*> tiles;
 };
-
-enum Scratch { kInputs, kNormed, kScaled, kShrunk, kTurned, kDelta, kWork };
 
 // The next linear of the step that has rank rows, if all goes as it went before.
 const Uses* look_ahead(Kernels& kernels, const PackedLinear& linear, const Step& step) {
@@ -34,9 +31,9 @@ const Uses* look_ahead(Kernels& kernels, const PackedLinear& linear, const Step&
 
 // What is left to fetch of its rank rows; each worker's share is that of its tasks.
 Early* early(Kernels& kernels, const Uses& uses, const Step& step) {
-  if (kernels.early_step != step.serial || kernels.early_of != &uses) {
+  if (kernels.early_step != step.serial || kernels.early_uses != uses.made) {
     kernels.early_step = step.serial;
-    kernels.early_of = &uses;
+    kernels.early_uses = uses.made;
     const int size = kernels.threads.size();
     const std::int64_t tasks = static_cast<std::int64_t>(uses.tasks.size());
     kernels.early.resize(size);
@@ -126,11 +123,10 @@ void project(Kernels& kernels, PackedLinear& linear, const Step* step, const flo
   if (ops.turned && !f32 && uses.any_bf16) plan.turned = kernels.scratch(kTurned, plan.tile_bytes * row_tiles);
   plan.work_bytes = work_bytes(linear.k_padded) / 64 * 64;
   plan.work = kernels.scratch(kWork, plan.work_bytes * kernels.threads.size());
-  constexpr int kDecoding = 64;  // rows; beyond, reading weights hardly matters
   if (const auto last = kernels.last.lock(); last && last.get() != &linear) last->next = linear.weak_from_this();
   kernels.last = linear.weak_from_this();
   std::shared_ptr<PackedLinear> next;
-  if (rows <= kDecoding) {
+  if (rows <= kFewRows) {
     next = linear.next.lock();
     plan.next = next.get();
     if (const Uses* upcoming = step != nullptr ? look_ahead(kernels, linear, *step) : nullptr)

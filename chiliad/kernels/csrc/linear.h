@@ -72,7 +72,8 @@ struct Task {
 // What the adapters of a batch do to one linear. Decode steps repeat their batch, so a linear keeps
 // it until another one comes.
 struct Uses {
-  std::uint64_t batch = 0;   // Kernels::batch it was made for
+  std::uint64_t batch = 0;   // Kernels::batch_of that it was made for
+  std::uint64_t made = 0;    // a serial of its own each time
   std::vector<Use> uses;     // sorted by projection, then by row
   std::vector<int> from;     // [projections + 1]: first use of each
   std::vector<Task> tasks;
@@ -83,6 +84,7 @@ struct Uses {
   bool any_d = false, any_bf16 = false;
 };
 
+// Belongs to one Kernels at a time: `project` changes what it remembers.
 struct PackedLinear : std::enable_shared_from_this<PackedLinear> {
   DType dtype;
   int in_features, out_features, k_padded;
@@ -126,8 +128,6 @@ void project(Kernels& kernels, PackedLinear& linear, const Step* step, const flo
 
 // y = norm(x), or y += norm(x).
 void norm(Kernels& kernels, const float* x, int rows, int features, const Norm& norm, float* y, bool add);
-
-constexpr int kFewRows = 64;  // of a step: up to here reading B takes longer than the arithmetic with it
 
 // What the adapters of a step (null: none) do to a linear; valid until the next call for it.
 // Throws KernelError where an adapter's rows do not lie in the arena.

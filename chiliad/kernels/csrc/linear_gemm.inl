@@ -46,8 +46,7 @@ constexpr int kNear = 6144;
 
 // c[R][32] (+)= R rows of an input tile times `count` weight tiles. Lines: cache lines of the next
 // stretch that are fetched per two steps; all passes over a stretch together fetch all of it, so
-// that memory is asked evenly. Rank: rank rows are fetched as well,
-// 8 lines per step of k from each of these places.
+// that memory is asked evenly. Rank: rank rows are fetched as well, 8 lines per tile, from these places.
 template <int R, int Lines, bool Rank>
 void multiply(const std::byte* a, const std::byte* b, int count, bool add, const std::byte* next,
               const std::byte* const* rank, float* c) {

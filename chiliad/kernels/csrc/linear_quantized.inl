@@ -194,7 +194,7 @@ void gemm_levels(const std::byte* a, const float* sums, const std::byte* panel, 
   const std::byte* rank_rows[kSome];
   bool some = false;
   for (int k = 0; k < k_padded; k += 32, a += 1024, sums += kRowTile, panel += kBytes) {
-    if (Rank && k / 32 % kSome == 0) some = rank && rank.chunks(kSome, panel, rank_rows);
+    if (Rank && k / 32 % kSome == 0) some = rank && rank.chunks(k_padded / 32 - k / 32 < kSome ? k_padded / 32 - k / 32 : kSome, panel, rank_rows);
     const std::byte* rank_at = Rank && some ? rank_rows[k / 32 % kSome] : panel;
     __m512 sum[R][2];
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();

@@ -256,8 +256,8 @@ void sample(Kernels& kernels, float* logits, int vocab, const std::vector<Sample
   for (const SampleRow& row : rows) most = std::max(most, vocab + row.bias_ids.count + row.banned.count);
   const std::size_t touched_at = 2 * vocab * sizeof(Candidate), tops_at = touched_at + most * sizeof(Touched);
   const std::size_t each = (tops_at + 2 * chunks * sizeof(float) + 63) / 64 * 64;
-  std::byte* scratch = kernels.scratch(kSampleScratch, each * threads.size());
-  std::byte* counts = kernels.scratch(kCountScratch, sizeof(std::int32_t) * vocab * threads.size());
+  std::byte* scratch = kernels.scratch(kWork, each * threads.size());
+  std::byte* counts = kernels.scratch(kCounts, sizeof(std::int32_t) * vocab * threads.size());
   threads.share(0, static_cast<int>(rows.size()));
   threads.run([&](int worker) {
     std::byte* mine = scratch + each * worker;

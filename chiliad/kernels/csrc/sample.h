@@ -15,7 +15,6 @@ struct Candidate {
 };
 
 constexpr int kChunk = 128;  // tokens whose largest logit is kept, to skip chunks without candidates
-constexpr int kSampleScratch = 6, kCountScratch = 7;  // indices into Kernels::scratch; 7 stays zero between calls
 
 struct SampleOps {
   // Largest of x[0, n), and of each chunk into tops. *nan: x holds a NaN.

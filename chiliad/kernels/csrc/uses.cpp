@@ -103,6 +103,7 @@ const Uses& uses_of(Kernels& kernels, PackedLinear& linear, const Step* step) {
       if (few) add_rows(plan, kernels.arena, use.b, use.rank, row_lines(use.size, use.dtype));
     }
   }
+  plan.made = new_serial();
   plan.batch = batch;
   return plan;
 }
