@@ -26,7 +26,7 @@ RowsOf = Callable[[tuple[AdapterUse, ...]], AdapterRows]
 def workspace(arch: Arch, config: SchedulerConfig) -> int:
     """Bytes that the largest step takes beside weights and pool, all of them float32."""
     heads = 2 * (arch.heads + arch.kv_heads) * arch.head_dim  # q, k, v, and what attention makes of them
-    token = 4 * arch.hidden + heads + 3 * arch.ffn  # gate, up, and their product
+    token = 4 * arch.hidden + heads + 3 * arch.ffn  # the MLP's, as the reference computes it
     rows = min(config.max_sequences, config.max_step_tokens)
     return 4 * (config.max_step_tokens * token + rows * arch.vocab) + 3 * max(_SCORED, 4 * arch.vocab)
 

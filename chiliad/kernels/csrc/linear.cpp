@@ -128,7 +128,11 @@ void project(Kernels& kernels, PackedLinear& linear, const Step* step, const flo
   std::shared_ptr<PackedLinear> next;
   if (rows <= kFewRows) {
     next = linear.next.lock();
-    plan.next = next.get();
+    if (next) {
+      plan.next_weights = next->weights.get();
+      plan.next_panel_bytes = next->panel_bytes;
+      plan.next_panels = next->num_panels;
+    }
     if (const Uses* upcoming = step != nullptr ? look_ahead(kernels, linear, *step) : nullptr)
       plan.early = early(kernels, *upcoming, *step);
   }

@@ -174,7 +174,9 @@ struct ProjectPlan {
 
   float* z;      // of all uses
 
-  const PackedLinear* next;  // what will probably be projected after this one, or null
+  const std::byte* next_weights;  // of what will probably be projected after this one, or null
+  std::size_t next_panel_bytes;
+  int next_panels;
   Early* early;  // by worker, or null
 
   std::byte* work;  // per worker: work_bytes

@@ -166,12 +166,11 @@ int chunk_rows(const ProjectPlan& plan) {
 // will probably come then.
 void read_ahead(const ProjectPlan& plan, int worker) {
   constexpr std::size_t kMost = 256 * 1024;  // what a gap of some 15 us can read
-  const PackedLinear* next = plan.next;
-  if (!next) return plan.threads->read_ahead(worker, nullptr, 0);
-  const std::int64_t panels = next->num_panels, size = plan.threads->size();
+  if (plan.next_weights == nullptr) return plan.threads->read_ahead(worker, nullptr, 0);
+  const std::int64_t panels = plan.next_panels, size = plan.threads->size();
   const std::int64_t first = panels * worker / size, last = panels * (worker + 1) / size;
-  const std::size_t bytes = static_cast<std::size_t>(last - first) * next->panel_bytes;
-  plan.threads->read_ahead(worker, next->weights.get() + first * next->panel_bytes, (bytes < kMost ? bytes : kMost) / 1024 * 1024);
+  const std::size_t bytes = static_cast<std::size_t>(last - first) * plan.next_panel_bytes;
+  plan.threads->read_ahead(worker, plan.next_weights + first * plan.next_panel_bytes, (bytes < kMost ? bytes : kMost) / 1024 * 1024);
 }
 
 void project(const ProjectPlan& plan) {
