@@ -117,6 +117,8 @@ void ThreadPool::work(int worker) {
     if (open_.load() == epoch) {
       keep_apart(worker);
       call_(context_, worker);
+    } else {
+      ahead = {};  // who missed a job does not know whether that memory is still there
     }
     inside_.fetch_sub(1);
   }
