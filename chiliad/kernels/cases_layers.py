@@ -156,7 +156,7 @@ def layers_case(family: Family, lengths: Lengths, dtype: str) -> Case:
     return Case(
         op="layers",
         name=name,
-        tolerance={"float32": 1e-4, "bfloat16": 4e-2, "int8": 8e-2}[dtype],
+        tolerance={"float32": 2e-5, "bfloat16": 4e-2, "int8": 8e-2}[dtype],
         flops=2.0 * rows * weights,
         nbytes=BYTES_PER_WEIGHT[dtype] * weights + 8.0 * rows * family.hidden,
         prepare=prepare,
