@@ -36,7 +36,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int kDistance = 384;  // lines: 24 KB, which the L1 cache has room for
+  static constexpr int kDistance = 160;  // lines, measured
   static constexpr int kLocality = kAmx ? 2 : 3;
 
   CHILIAD_INLINE void ask(int lines) {

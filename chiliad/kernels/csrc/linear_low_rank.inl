@@ -9,19 +9,20 @@ namespace {
 
 // ---- phase 1: low rank ----
 
-// z[rank][R] * B[rank][16 NB columns], summed over ranks in their order, is added to `to` (or
-// stored there). Blocks are `step` floats apart, rows `stride`. `ahead`: if B is read for the
-// first time, else null (here and below).
+// z[rank][R] * B[rank][16 NB columns], summed over ranks [low, high) in their order, is added to `to`
+// (or stored there). With low > 0 `to` holds the sum of those before. Blocks are `step` floats apart,
+// rows `stride`. `ahead`: if B is read for the first time, else null (here and below).
 template <class T, int R, int NB, bool Add>
-void expand(const Use& use, const std::uint8_t* arena, int column, const float* z, float* to, std::size_t stride,
-            int step, Ahead* ahead) {
+void expand(const Use& use, const std::uint8_t* arena, int low, int high, int column, const float* z, float* to,
+            std::size_t stride, int step, Ahead* ahead) {
   constexpr int kLines = (NB * kBlock * sizeof(T) + 63) / 64;
   const int ldz = use.stop - use.start;
   Vec sum[R][NB][kVecs];
   for (int r = 0; r < R; ++r)
     for (int b = 0; b < NB; ++b)
-      for (int v = 0; v < kVecs; ++v) sum[r][b][v] = vset(0.0f);
-  for (int j = 0; j < use.rank; ++j) {
+      for (int v = 0; v < kVecs; ++v)
+        sum[r][b][v] = !Add && low > 0 ? vload(to + r * stride + b * step + v * kLanes) : vset(0.0f);
+  for (int j = low; j < high; ++j) {
     if (ahead) ahead->fetch(kLines);
     const T* row = reinterpret_cast<const T*>(arena + use.b[j]) + column;
     for (int b = 0; b < NB; ++b)
@@ -54,17 +55,20 @@ void expand_rest(const Use& use, const std::uint8_t* arena, int column, int widt
   }
 }
 
-// `rows` rows from row `first`, `count` full blocks and `rest` columns.
+// `rows` rows from row `first`, `count` full blocks and `rest` columns. What memory has to bring comes a few
+// whole ranks at a time: nearly in the order of addresses, which is the order in which it is fetched.
 template <class T, bool Add>
 void expand_blocks(const Use& use, const std::uint8_t* arena, const float* z, int column, int count, int rest, int first, int rows,
                    float* to, std::size_t stride, int step, Ahead* ahead) {
   constexpr int kMany = 8 / kVecs > 1 ? 8 / kVecs : 1;   // blocks at once for one row
   constexpr int kFew = kMany > 2 ? kMany / 2 : 1;        // and for four
+  constexpr int kRanks = 4;
   z += use.z + (first - use.start);
-  int r = 0;
+  int r = 0, low = 0, high = use.rank;
   auto pass = [&]<int R, int NB>(int& b) {
     for (; b + NB <= count; b += NB)
-      expand<T, R, NB, Add>(use, arena, column + b * kBlock, z + r, to + r * stride + b * step, stride, step, r ? nullptr : ahead);
+      expand<T, R, NB, Add>(use, arena, low, high, column + b * kBlock, z + r, to + r * stride + b * step, stride, step,
+                            r ? nullptr : ahead);
   };
   for (; r + 4 <= rows; r += 4) {
     int b = 0;
@@ -72,13 +76,15 @@ void expand_blocks(const Use& use, const std::uint8_t* arena, const float* z, in
     if constexpr (kFew > 1) pass.template operator()<4, 2>(b);
     pass.template operator()<4, 1>(b);
   }
-  for (; r < rows; ++r) {
-    int b = 0;
-    if constexpr (kMany > 4) pass.template operator()<1, kMany>(b);
-    if constexpr (kMany > 2) pass.template operator()<1, 4>(b);
-    if constexpr (kMany > 1) pass.template operator()<1, 2>(b);
-    pass.template operator()<1, 1>(b);
-  }
+  for (; r < rows; ++r)
+    for (low = 0; low < use.rank; low = high) {
+      high = !Add && r == 0 && ahead && low + kRanks < use.rank ? low + kRanks : use.rank;
+      int b = 0;
+      if constexpr (kMany > 4) pass.template operator()<1, kMany>(b);
+      if constexpr (kMany > 2) pass.template operator()<1, 4>(b);
+      if constexpr (kMany > 1) pass.template operator()<1, 2>(b);
+      pass.template operator()<1, 1>(b);
+    }
   if (rest)
     for (r = 0; r < rows; ++r)
       expand_rest<T, Add>(use, arena, column + count * kBlock, rest, z + r, to + r * stride + count * step);
@@ -178,8 +184,8 @@ void shrink(const ProjectPlan& plan, const Task& task, const X& x, int rank, int
     for (; j < stop; ++j) pass.template operator()<4, 1>(row, j);
   }
   for (; row < end; ++row) {
-    int j = rank;
-    for (; j + 8 <= stop; j += 8) pass.template operator()<1, 8>(row, j);
+    int j = rank;  // two at a time: nearly in the order of addresses
+    for (; j + 2 <= stop; j += 2) pass.template operator()<1, 2>(row, j);
     for (; j < stop; ++j) pass.template operator()<1, 1>(row, j);
   }
 }
