@@ -92,7 +92,13 @@ const Uses& uses_of(Kernels& kernels, PackedLinear& linear, const Step* step) {
   plan.from.assign(1, 0);
   collect(kernels.arena, linear, step != nullptr ? *step : nothing, plan);
   const bool few = step != nullptr && step->num_tokens <= kFewRows;
-  for (Use& use : plan.uses) {
+  // Adapter after adapter: what one has for q, k and v lies side by side.
+  static thread_local std::vector<Use*> order;
+  order.clear();
+  for (Use& use : plan.uses) order.push_back(&use);
+  std::stable_sort(order.begin(), order.end(), [](const Use* a, const Use* b) { return a->start < b->start; });
+  for (Use* at : order) {
+    Use& use = *at;
     use.a = plan.numbers.data() + use.numbers;
     use.b = use.a + use.rank;
     use.scale = reinterpret_cast<const float*>(use.b + use.rank);
