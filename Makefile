@@ -37,9 +37,9 @@ demo: setup ## the whole story on one machine: real model, real adapters, one ba
 clean: ## remove what was built
 	rm -rf build $(VENV)/.ready chiliad/kernels/_core*.so
 
-build: ## compile the C++ core to where chiliad finds it (renamed into place: safe while others import it)
+build: ## compile the C++ core, with emulated AMX, to where chiliad finds it (renamed into place: safe while others import it)
 	@mkdir -p build
-	@cmake -S . -B build/core -DCMAKE_BUILD_TYPE=$(BUILD_TYPE) -DPython_EXECUTABLE="$(abspath $(PYTHON))" \
+	@cmake -S . -B build/core -DCMAKE_BUILD_TYPE=$(BUILD_TYPE) -DCHILIAD_EMULATE_AMX=ON -DPython_EXECUTABLE="$(abspath $(PYTHON))" \
 	  $(if $(shell command -v ninja),-G Ninja) -DCMAKE_INSTALL_MESSAGE=NEVER > build/core.log 2>&1 \
 	  || { cat build/core.log; exit 1; }
 	@cmake --build build/core --parallel

@@ -126,7 +126,8 @@ def test_against_float64_attention(isa: str, dtype: torch.dtype) -> None:
     k, v = (x.to(dtype).double().transpose(0, 1).repeat_interleave(3, 0) for x in (k, v))
     want = F.scaled_dot_product_attention(q.double().transpose(0, 1), k, v, is_causal=True, scale=0.3)
     error = (y.view(length, 6, 64).double() - want.transpose(0, 1)).abs().max()
-    assert error < (3e-2 if isa in ("amx", "avx512bf16") and dtype == torch.bfloat16 else 5e-6)
+    rounded = isa in ("avx512bf16", "amx", "amx_emulated") and dtype == torch.bfloat16  # q and weights, too
+    assert error < (3e-2 if rounded else 5e-6)
 
 
 @given(data=st.data())

@@ -40,6 +40,14 @@ def expected(case: Case) -> tuple[torch.Tensor, ...]:
     return REFERENCE[str(case)]
 
 
+def test_amx_is_emulated_for_tests_only() -> None:
+    isas = _core.isas()
+    if "avx512bf16" not in isas:
+        pytest.skip("emulated AMX needs AVX512-BF16")
+    assert "amx_emulated" in isas, "compile the core for tests: make setup, or make build"
+    assert CpuKernels(threads=1).isa == isas[-2]
+
+
 def test_names_are_unique() -> None:
     names = [str(case) for case in CASES]
     assert len(names) == len(set(names))

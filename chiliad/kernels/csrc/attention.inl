@@ -10,6 +10,7 @@
 // one path.
 #include "attention.h"
 #include "lanes.h"
+#include "tiles.h"
 
 namespace chiliad {
 namespace {
@@ -22,7 +23,7 @@ constexpr float kLog2e = 1.44269504088896341f;
 
 // Which cache to fetch into, as __builtin_prefetch counts them; measured: on a Zen 5 the L1 is best (a
 // second level hint costs 15 %), with tiles, whose operands fill the L1, any but that.
-#if defined(__AMX_TILE__)
+#if CHILIAD_AMX
 constexpr int kCache = 1;
 #else
 constexpr int kCache = 3;
@@ -445,17 +446,7 @@ struct VectorPath {
 
 // ---- the tile path ----
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-#define CHILIAD_TILES 1
-
-struct alignas(64) TileShapes {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {};
-  std::uint8_t rows[16] = {};
-};
-
-// The tile intrinsics of gcc 12 do not say that they read memory.
-CHILIAD_INLINE void memory_is_read(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+#if CHILIAD_AMX
 
 // Largest lane of each of 16 vectors, vector i's in lane i.
 CHILIAD_INLINE __m512 tops_of(const __m512* x) {
@@ -491,7 +482,7 @@ struct TilePath {
   const Scratch& at;
   const int rows, strips;  // strips: of 16 tokens per V tile, 2, or 1 where pages do not hold whole 32s
   const float factor;
-  TileShapes shapes[2];    // for scores; for mixing, if that differs
+  TileConfig shapes[2];    // for scores; for mixing, if that differs
 
   static bool takes(const AttentionCall& call) { return call.bfloat16 && call.head_dim % 32 == 0 && call.scale > 0; }
 
@@ -520,10 +511,7 @@ struct TilePath {
   }
   ~TilePath() { _tile_release(); }
 
-  void configure(int phase) const {
-    memory_is_read(&shapes[phase]);
-    _tile_loadconfig(&shapes[phase]);
-  }
+  void configure(int phase) const { configure_tiles(shapes[phase]); }
 
   bf16* queries(int head) const {
     return reinterpret_cast<bf16*>(at.q + (head - tile.head_begin) * kTileRows * padded(call.head_dim));
@@ -759,7 +747,7 @@ void run_tile(const AttentionCall& call, const AttentionTile& tile, const Attent
 
 void tile(const AttentionCall& call, const AttentionTile& tile, const AttentionTile* next, float* scratch, float* partial) {
   const Scratch at(scratch, call.head_dim, call.item_heads);
-#if CHILIAD_TILES
+#if CHILIAD_AMX
   if (TilePath::takes(call)) return run_tile<TilePath>(call, tile, next, at, partial);
 #endif
   if (call.bfloat16) return run_tile<VectorPath<BFloat16>>(call, tile, next, at, partial);

@@ -2,7 +2,7 @@
 #include <atomic>
 
 #include "ceilings.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace chiliad {
 namespace {
@@ -31,17 +31,10 @@ float read_all(ThreadPool& threads, const float* data, std::size_t count, int ah
   return total;
 }
 
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
 
 double multiply_tiles(int rounds) {
-  struct alignas(64) Config {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  };
-  const Config config;
-  __asm__ volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
+  configure_tiles({});
   _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
   _tile_zero(4); _tile_zero(5); _tile_zero(6); _tile_zero(7);
   for (int i = 0; i < rounds; ++i) {
@@ -94,7 +87,7 @@ double multiply(ThreadPool& threads, bool bfloat16, int rounds) {
   threads.share(0, 16 * threads.size());
   threads.run([&](int worker) {
     while (threads.next(0, worker) >= 0) {
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
       flops += bfloat16 ? multiply_tiles(rounds) : multiply_vectors(false, rounds);
 #else
       flops += multiply_vectors(bfloat16, rounds);

@@ -12,7 +12,8 @@
 namespace chiliad {
 namespace {
 
-constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512bf16",
+                                  "amx" CHILIAD_IF_EMULATED(, "amx_emulated")};
 
 #if defined(__x86_64__)
 
@@ -54,6 +55,9 @@ std::vector<Isa> detect() {
   found.push_back(Isa::avx512bf16);
   if ((os & 0x60000) == 0x60000 && amx_tile && amx_bf16 && amx_int8 && ask_for_tiles())
     found.push_back(Isa::amx);
+#if CHILIAD_HAS_AMX_EMULATED
+  found.push_back(Isa::amx_emulated);
+#endif
   return found;
 }
 
@@ -73,9 +77,10 @@ const std::vector<Isa>& available_isas() {
 }
 
 Isa choose_isa(const std::string& name) {
-  if (name == "auto") return available_isas().back();
+  const std::vector<Isa>& available = available_isas();
+  if (name == "auto") return available.back() == Isa::amx_emulated ? available.end()[-2] : available.back();
   std::string have;
-  for (Isa isa : available_isas()) {
+  for (Isa isa : available) {
     if (name == isa_name(isa)) return isa;
     have += std::string(have.empty() ? "" : ", ") + isa_name(isa);
   }

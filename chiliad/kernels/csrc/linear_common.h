@@ -4,13 +4,13 @@
 #include <type_traits>
 
 #include "linear.h"
-#include "simd.h"
+#include "tiles.h"
 
 namespace chiliad {
 namespace {
 
 constexpr int kVecs = kBlock / kLanes;  // vectors per block
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
 constexpr bool kAmx = true, kBf16Tiles = true;
 #elif defined(__AVX512BF16__)
 constexpr bool kAmx = false, kBf16Tiles = true;

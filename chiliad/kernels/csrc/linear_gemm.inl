@@ -157,20 +157,9 @@ void gemm_bf16(const std::byte* tile, const std::byte* panel, int k_padded, floa
 
 #endif
 
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
 
-struct alignas(64) TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-void enter() {
-  const TileConfig config;
-  __asm__ volatile("" : : "r"(&config) : "memory");  // gcc 12 believes only 8 bytes of it are read
-  _tile_loadconfig(&config);
-}
-
+void enter() { configure_tiles({}); }
 void leave() { _tile_release(); }
 
 // A quarter of the pair of weight tiles that comes next, every other line (the L2 cache fetches
@@ -286,7 +275,7 @@ enum class Source {
 void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* panel, Source source, std::byte* room, [[maybe_unused]] Lookahead& rank, float* c) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const std::byte* const* tiles = plan.tiles + p * row_tiles + row / kRowTile;
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
   if (plan.dtype != DType::float32) {
     const bool two = rows > kRowTile;
     if (source == Source::memory || source == Source::cache) {
@@ -301,7 +290,7 @@ void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* pa
     return call(plan.dtype, tiles[0], tiles[two], panel, room, plan.k_padded, c);
   }
 #endif
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && !CHILIAD_AMX
   if (quantized(plan.dtype)) return gemm_levels(plan, tiles, panel, rows, source == Source::memory, rank, c);
 #endif
   if (source == Source::packed || source == Source::unpacked) {

@@ -99,7 +99,7 @@ const Use* find_use(const ProjectPlan& plan, int p, int row) {
   return low;
 }
 
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
 // Exchange rows and pairs of a bfloat16 input tile: 16 x 16 words of 32 bits. The result is what
 // a tile multiplication wants as its right side, so that rank rows can be the left side as they
 // lie in the arena.
@@ -140,7 +140,7 @@ void input_tile(const ProjectPlan& plan, int tile) {
   if (plan.input)
     for (int row = first; row < last; ++row)
       input_row<float>(plan, x + row * n, nullptr, plan.input + tile * plan.tile_bytes, row - first);
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
   if (plan.turned)
     for (int k = 0; k < plan.k_padded; k += 32)
       turn(plan.input + tile * plan.tile_bytes + k * 32, plan.turned + tile * plan.tile_bytes + k * 32);

@@ -208,7 +208,7 @@ void shrink_any(const ProjectPlan& plan, const Task& task, int rank, int stop, A
     narrow.template operator()<std::int8_t>();
 }
 
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
 
 // Ranks [rank, stop), at most 16, times up to 64 rows (4 row tiles). Full sets of ranks at a constant
 // distance are multiplied where they lie, others are copied first.
@@ -278,7 +278,7 @@ void low_rank(const ProjectPlan& plan, const Task& task, Ahead& ahead, [[maybe_u
   ahead.begin(&task);
   for (int rank = 0; rank < use.rank; rank += kRanks) {
     const int stop = rank + kRanks < use.rank ? rank + kRanks : use.rank;
-#if defined(__AMX_BF16__)
+#if CHILIAD_AMX
     if (plan.turned && use.dtype == DType::bfloat16) {
       shrink_tiles(plan, task, rank, stop, ahead, work);
       continue;

@@ -14,7 +14,7 @@
 namespace chiliad {
 namespace {
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && !CHILIAD_AMX
 constexpr bool kLevels = true;
 #else
 constexpr bool kLevels = false;
@@ -136,7 +136,7 @@ CHILIAD_INLINE void unpack_pair(DType dtype, const std::byte* panel, int step, s
 
 // ---- levels ----
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && !CHILIAD_AMX
 
 // Words that hold 4 nibbles each -> the levels 0..15 in their lowest nibbles, as bfloat16.
 struct Int4Levels {
