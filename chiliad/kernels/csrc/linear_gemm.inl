@@ -216,6 +216,7 @@ void gemm_amx_unpack(DType dtype, const std::byte* a0, const std::byte* a1, cons
     if (k < steps) unpack_pair(dtype, panel, k, room + (k & kMask) * 2048);
     if (k < kLag) continue;
     const std::byte* b = room + ((k - kLag) & kMask) * 2048;
+    memory_is_read(b);
     _tile_loadd(4, a0, 64);
     _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);

@@ -228,6 +228,7 @@ void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, int stop,
       std::memset(to + 2 * plan.in_features, 0, std::size_t{2} * (plan.k_padded - plan.in_features));
     }
     rows = reinterpret_cast<const std::uint8_t*>(work);
+    memory_is_read(rows);
   }
   const int first = task.row / kRowTile, tiles = (task.row + task.rows - 1) / kRowTile - first + 1;
   const std::size_t tile_bytes = std::size_t{32} * plan.k_padded;
