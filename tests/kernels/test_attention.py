@@ -92,19 +92,21 @@ def test_chunks_and_neighbours_change_no_bit(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decoding_token_by_token_equals_prefill(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_decoding_token_by_token_equals_prefill(isa: str, dtype: torch.dtype) -> None:
     kv, qkvs = make([140], (6, 2), 64, 16, dtype)
-    prefill = run(KERNELS[ISAS[-1]], kv, qkvs, [[(0, 0, 140)]], 6)
-    decode = run(KERNELS[ISAS[-1]], kv, qkvs, [[(0, i, i + 1)] for i in range(140)], 6)
+    prefill = run(KERNELS[isa], kv, qkvs, [[(0, 0, 140)]], 6)
+    decode = run(KERNELS[isa], kv, qkvs, [[(0, i, i + 1)] for i in range(140)], 6)
     assert torch.equal(prefill[0], decode[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_change_no_bit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_change_no_bit(isa: str, dtype: torch.dtype) -> None:
     """Long contexts of few rows are cut among threads; many rows are not."""
     kv, qkvs = make([2300, 40], (4, 2), 64, 32, dtype)
     steps = [[(0, 0, 2295), (1, 0, 39)], [(0, 2295, 2299)], [(1, 39, 40), (0, 2299, 2300)]]
-    results = [run(CpuKernels(threads=n), kv, qkvs, steps, 4) for n in (1, 2, 7)]
+    results = [run(CpuKernels(isa, threads=n), kv, qkvs, steps, 4) for n in (1, 2, 7)]
     for other in results[1:]:
         for y, want in zip(other, results[0], strict=True):
             assert torch.equal(y, want)
@@ -190,8 +192,9 @@ def test_nan_of_another_sequence_stays_there() -> None:
         assert got[1][10:].isnan().all()
 
 
-def test_empty_step() -> None:
-    kernels = KERNELS[ISAS[-1]]
+@pytest.mark.parametrize("isa", ISAS)
+def test_empty_step(isa: str) -> None:
+    kernels = KERNELS[isa]
     kv, _ = make([5], (2, 1), 16, 16, torch.float32)
     kernels.bind_arena(kv.arena, kv.layout)
     step = kernels.prepare_step(sub_step(kv, []))

@@ -48,6 +48,11 @@ def test_amx_is_emulated_for_tests_only() -> None:
     assert CpuKernels(threads=1).isa == isas[-2]
 
 
+def test_ceilings(kernels: CpuKernels) -> None:
+    assert kernels.multiply_rate("bfloat16", repeats=1) > 0
+    assert kernels.read_bandwidth(1 << 25, repeats=1) > 0
+
+
 def test_names_are_unique() -> None:
     names = [str(case) for case in CASES]
     assert len(names) == len(set(names))
@@ -131,12 +136,13 @@ def test_rows_do_not_depend_on_their_neighbours(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_threads_do_not_change_results(dtype: str) -> None:
+@pytest.mark.parametrize("isa", _core.isas())
+def test_threads_do_not_change_results(isa: str, dtype: str) -> None:
     spec = LinearSpec(64, (100, 28), (0, 1), dtype)
     x = torch.randn(150, 64, generator=seed_of("threads"))
     rows = list(range(150))
     results = [
-        project_rows(CpuKernels(threads=threads), x, spec, rows, getattr(torch, dtype), None)
+        project_rows(CpuKernels(isa, threads), x, spec, rows, getattr(torch, dtype), None)
         for threads in (1, 2, 5)
     ]
     assert torch.equal(results[0], results[1])
