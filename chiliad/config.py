@@ -16,7 +16,7 @@ from chiliad.errors import InvalidConfig
 #: Every environment variable chiliad reads, with what it does. Nothing else is consulted.
 ENVIRONMENT: dict[str, str] = {
     "CHILIAD_KERNELS": "auto | cpu | reference: which kernel implementation runs",
-    "CHILIAD_ISA": "auto | generic | avx2 | avx512 | amx: instruction set of the C++ kernels",
+    "CHILIAD_ISA": "auto | generic | avx2 | avx512 | avx512bf16 | amx: instruction set of the C++ kernels",
     "CHILIAD_THREADS": "compute threads; 0 means one per physical core",
     "CHILIAD_API_KEY": "keys, separated by commas; clients send one as `Authorization: Bearer KEY`",
     "CHILIAD_HOME": "folder of adapter registries and uploaded adapters",

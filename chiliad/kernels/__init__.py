@@ -11,7 +11,7 @@ __all__ = ["Kernels", "load"]
 def load(which: str = "auto", isa: str = "auto", threads: int = 0) -> Kernels:
     """Choose an implementation: "auto", "cpu" (C++) or "reference" (torch).
 
-    isa: "auto" or one of generic, avx2, avx512, amx (C++ only). threads: 0 means all cores.
+    isa: "auto" or one of generic, avx2, avx512, avx512bf16, amx (C++ only). threads: 0 means all cores.
     "auto" falls back to the reference where the C++ core is missing, and says so in `reason`.
     """
     from chiliad.kernels.reference import ReferenceKernels
