@@ -2,7 +2,7 @@
 //
 // `amx_emulated` is `amx` for machines that lack it: the same code, compiled for AVX512-BF16, on the tile
 // instructions written out below. Tests want it, wheels do not (CMake: CHILIAD_EMULATE_AMX). It is as strict as
-// the hardware: what would fault there ends the process here, and says why. What it cannot show is how the
+// the hardware: what would fault there ends the process here, and says why (pytest -s). What it cannot show is how the
 // compiler orders real tile instructions among ordinary loads and stores (see memory_is_read).
 #pragma once
 
