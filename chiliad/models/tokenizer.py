@@ -742,6 +742,11 @@ def _around(
     """BOS before and EOS after the text, where wanted."""
     if bos is None and eos is None:
         return None
-    pieces = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    specials = [(text, backend.token_to_id(text)) for text in dict.fromkeys((bos, eos)) if text]
+    pieces = [*(["BOS"] if bos else []), "$A", *(["EOS"] if eos else [])]
+    # By names of our own: a template would take the ":" and "$" of a token's text for its syntax.
+    specials = [
+        {"id": name, "ids": [backend.token_to_id(text)], "tokens": [text]}
+        for name, text in (("BOS", bos), ("EOS", eos))
+        if text
+    ]
     return processors.TemplateProcessing(single=pieces, pair=[*pieces, "$B"], special_tokens=specials)

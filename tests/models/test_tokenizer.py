@@ -698,6 +698,25 @@ def test_gguf_refusals_name_what_is_unknown() -> None:
             Tokenizer.from_gguf(sound | change)
 
 
+@pytest.mark.parametrize("text", ["a:b", "$A", "$", "<s>:1"])
+def test_any_text_may_be_bos_and_eos(text: str) -> None:
+    metadata = spm_vocabulary(True)
+    tokens = [*metadata["tokenizer.ggml.tokens"], text]
+    last = len(tokens) - 1
+    metadata |= {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [*metadata["tokenizer.ggml.scores"], 0.0],
+        "tokenizer.ggml.token_type": [*metadata["tokenizer.ggml.token_type"], 3],
+        "tokenizer.ggml.bos_token_id": last,
+        "tokenizer.ggml.eos_token_id": last,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": True,
+    }
+    ids = Tokenizer.from_gguf(metadata).encode("Hello")
+    assert ids[0] == ids[-1] == last
+    assert ids.count(last) == 2
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_broken_gguf_vocabularies(data: st.DataObject) -> None:
