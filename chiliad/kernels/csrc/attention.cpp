@@ -36,6 +36,35 @@ void check_step(const Kernels& kernels, const Step& step, int first_layer, int l
   }
 }
 
+void fetch_kv(Kernels& kernels, const Step& step, int layer, int window) {
+  constexpr std::int64_t kMost = 32768;  // lines of a worker: 2 MB, as much as a layer's products can ask for
+  constexpr int kRows = 8;               // products of so few wait for memory themselves
+  kernels.early_kv.clear();
+  kernels.kv_pages.clear();
+  if (kernels.isa != Isa::avx512bf16) return;  // the others do not ask (see Lookahead)
+  if (step.num_tokens <= kRows || step.num_tokens > kFewRows) return;
+  const Arena& arena = kernels.arena;
+  const int block = arena.block_tokens, workers = kernels.threads.size();
+  const std::int64_t lines = std::int64_t{2} * arena.num_kv_heads * arena.head_dim * block * item_bytes(arena.kv_dtype) / 64;
+  std::vector<Stretch>& pages = kernels.kv_pages;
+  static thread_local std::vector<std::size_t> first;  // page of each worker: attention gives each as many sequences
+  first.assign(1, 0);
+  for (std::int64_t worker = 0; worker < workers; ++worker) {
+    for (std::int64_t i = step.num_sequences * worker / workers; i < step.num_sequences * (worker + 1) / workers; ++i) {
+      const int start = step.context[i] - (step.row_start[i + 1] - step.row_start[i]);
+      const int low = window > 0 ? std::max(start - window + 1, 0) / block : 0;
+      const int high = (start + block - 1) / block;
+      for (int b = low; b < high && static_cast<std::int64_t>(pages.size() - first.back()) * lines < kMost; ++b)
+        pages.push_back({arena.data + step.page_tables[i][std::int64_t{b} * arena.num_layers + layer] * arena.page_bytes, lines});
+    }
+    first.push_back(pages.size());
+  }
+  for (int worker = 0; worker < workers; ++worker) {
+    const Stretch *from = pages.data() + first[worker], *to = pages.data() + first[worker + 1];
+    kernels.early_kv.push_back({from, to, {}, (to - from) * lines});
+  }
+}
+
 void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
                int window, float* out) {
   const Arena& arena = kernels.arena;

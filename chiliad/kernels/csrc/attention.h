@@ -86,6 +86,9 @@ struct RopeOps {
 // else is called with it. Throws KernelError.
 void check_step(const Kernels& kernels, const Step& step, int first_layer, int last_layer, int num_heads);
 
+// Has the products before the attention of this layer fetch KV that it will read.
+void fetch_kv(Kernels& kernels, const Step& step, int layer, int window);
+
 void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
                int window, float* out);
 void rope_kv(Kernels& kernels, const Step& step, int layer, float* qkv, int num_heads, const Rope& rope,

@@ -35,13 +35,13 @@ void touch(std::uint8_t* data, std::size_t bytes);
 
 struct PackedLinear;
 
-// A stretch of rank rows that follow each other in memory.
+// A stretch of memory: rank rows that follow each other, or a page of KV.
 struct Stretch {
   const std::uint8_t* at;
   std::int64_t lines;  // of 64 bytes
 };
 
-// Rank rows that one worker fetches before the linear that reads them is called.
+// What one worker fetches before the op that reads it is called.
 struct alignas(64) Early {
   const Stretch *next = nullptr, *end = nullptr;  // not yet begun
   Stretch rest{};          // of the one that was
@@ -60,8 +60,10 @@ class Kernels {
   std::shared_ptr<PackedLinear> reading;  // what idle threads may be reading ahead
   std::weak_ptr<PackedLinear> last;       // the linear that was projected last
   ThreadPool threads;  // after what its threads use
-  std::vector<Early> early;  // by worker
+  std::vector<Early> early;  // rank rows that the next linear with adapters reads, by worker
   std::uint64_t early_step = 0, early_uses = 0;  // serials of what `early` is for
+  std::vector<Early> early_kv;  // KV that the next attention reads, by worker, or empty
+  std::vector<Stretch> kv_pages;  // what `early_kv` points to
   Arena arena;  // set by bind
   std::recursive_mutex busy;  // one op at a time, `layers` being one: hold it while using threads or scratch
 

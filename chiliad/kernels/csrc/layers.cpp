@@ -56,6 +56,8 @@ void run_layers(Kernels& kernels, const std::vector<Layer>& layers, const Step& 
     project(kernels, *layer.qkv, &step, x, count, layer.input_norm, Activation::none, a, false);
     rope_kv(kernels, step, number, a, layer.num_heads, layer.rope, layer.q_norm, layer.k_norm);
     attention(kernels, step, number, a, layer.num_heads, layer.scale, layer.window, b);
+    const std::size_t next = (i + 1) % layers.size();  // of the next step, which may well be of the same rows
+    fetch_kv(kernels, step, static_cast<int>(next), layers[next].window);
     add(*layer.out, b, layer.post_attention_norm, a);
     project(kernels, *layer.up, &step, x, count, layer.mlp_norm, layer.activation, a, false);
     add(*layer.down, a, layer.post_mlp_norm, b);

@@ -135,6 +135,7 @@ void project(Kernels& kernels, PackedLinear& linear, const Step* step, const flo
     }
     if (const Uses* upcoming = step != nullptr ? look_ahead(kernels, linear, *step) : nullptr)
       plan.early = early(kernels, *upcoming, *step);
+    plan.early_kv = kernels.early_kv.empty() ? nullptr : kernels.early_kv.data();
   }
   ops.project(plan);
   if (next) kernels.reading = next;  // the threads have let go of the one before
