@@ -135,7 +135,8 @@ void project(Kernels& kernels, PackedLinear& linear, const Step* step, const flo
     }
     if (const Uses* upcoming = step != nullptr ? look_ahead(kernels, linear, *step) : nullptr)
       plan.early = early(kernels, *upcoming, *step);
-    plan.early_kv = kernels.early_kv.empty() ? nullptr : kernels.early_kv.data();
+    else if (!kernels.early_kv.empty())  // where rank rows take the bandwidth, more would only come late
+      plan.early = kernels.early_kv.data();
   }
   ops.project(plan);
   if (next) kernels.reading = next;  // the threads have let go of the one before

@@ -177,7 +177,7 @@ struct ProjectPlan {
   const std::byte* next_weights;  // of what will probably be projected after this one, or null
   std::size_t next_panel_bytes;
   int next_panels;
-  Early *early, *early_kv;  // rank rows and KV to fetch meanwhile: by worker, or null
+  Early* early;  // to fetch meanwhile: by worker, or null
 
   std::byte* work;  // per worker: work_bytes
   std::size_t work_bytes;

@@ -50,23 +50,18 @@ class Ahead {
   Stretch rest_{};                 // of the one that was
 };
 
-// Phase 2 multiplies, and memory waits for it: so it fetches the rank rows that this worker will read
-// next and then the KV, some lines with each step of 32 k. (AVX512-BF16 does; with AMX, or where bfloat16
-// is not multiplied, nobody asks.)
+// Phase 2 multiplies, and memory waits for it: so it fetches what this worker will read next, some lines
+// with each step of 32 k. (AVX512-BF16 does; with AMX, or where bfloat16 is not multiplied, nobody asks.)
 class Lookahead {
  public:
   static constexpr int kChunk = 8;  // lines
 
   // steps: how many this worker will make.
   Lookahead(const ProjectPlan& plan, int worker, std::int64_t steps) {
-    std::int64_t lines = 0;
-    for (Early* list : {plan.early, plan.early_kv})
-      if (list != nullptr && list[worker].lines > 0) {
-        *last_++ = list + worker;
-        lines += list[worker].lines;
-      }
-    const std::int64_t rate = lines * kUnit / kChunk / (steps + 1) + 1;
-    rate_ = lines == 0 ? 0 : rate < kMost ? static_cast<int>(rate) : kMost;
+    if (plan.early == nullptr) return;
+    early_ = plan.early + worker;
+    const std::int64_t rate = early_->lines * kUnit / kChunk / (steps + 1) + 1;
+    rate_ = early_->lines <= 0 ? 0 : rate < kMost ? static_cast<int>(rate) : kMost;
   }
 
   explicit operator bool() const { return rate_ > 0; }
@@ -75,13 +70,19 @@ class Lookahead {
   bool chunks(int steps, const std::byte* none, const std::byte** to) {
     due_ += steps * rate_;
     int i = 0;
-    for (; i < steps && due_ >= kUnit && begin(); ++i, due_ -= kUnit) {
-      Early& early = **list_;
-      to[i] = reinterpret_cast<const std::byte*>(early.rest.at);
-      const std::int64_t lines = early.rest.lines < kChunk ? early.rest.lines : kChunk;
-      early.rest.at += 64 * lines;
-      early.rest.lines -= lines;
-      early.lines -= lines;
+    for (; i < steps && due_ >= kUnit; ++i, due_ -= kUnit) {
+      if (early_->rest.lines <= 0) {
+        if (early_->next == early_->end) {
+          rate_ = due_ = 0;
+          break;
+        }
+        early_->rest = *early_->next++;
+      }
+      to[i] = reinterpret_cast<const std::byte*>(early_->rest.at);
+      const std::int64_t lines = early_->rest.lines < kChunk ? early_->rest.lines : kChunk;
+      early_->rest.at += 64 * lines;
+      early_->rest.lines -= lines;
+      early_->lines -= lines;
     }
     for (int j = i; j < steps; ++j) to[j] = none;
     return i > 0;
@@ -90,22 +91,7 @@ class Lookahead {
  private:
   static constexpr int kUnit = 256;
   static constexpr int kMost = 144;  // measured: with more, the weights themselves come late
-
-  // Is there a stretch at hand?
-  bool begin() {
-    for (; list_ != last_; ++list_) {
-      Early& early = **list_;
-      if (early.rest.lines > 0) return true;
-      if (early.next != early.end) {
-        early.rest = *early.next++;
-        return true;
-      }
-    }
-    rate_ = due_ = 0;
-    return false;
-  }
-
-  Early *lists_[2], **list_ = lists_, **last_ = lists_;
+  Early* early_ = nullptr;
   int rate_ = 0, due_ = 0;  // chunks per step and owed ones, in 256ths
 };
 
