@@ -66,7 +66,7 @@ void fetch_kv(Kernels& kernels, const Step& step, int layer, int window) {
 }
 
 void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
-               int window, float* out) {
+               int window, float* out, const Tiles& tiles_out) {
   const Arena& arena = kernels.arena;
   const AttentionOps& ops = attention_ops(kernels.isa);
   const int block = arena.block_tokens, head_dim = arena.head_dim, group = num_heads / arena.num_kv_heads;
@@ -74,6 +74,7 @@ void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, 
   call.q = qkv;
   call.q_stride = (std::int64_t{num_heads} + 2 * arena.num_kv_heads) * head_dim;
   call.out = out;
+  call.out_tiles = tiles_out;
   call.arena = arena.data;
   call.page_bytes = arena.page_bytes;
   call.table_stride = arena.num_layers;

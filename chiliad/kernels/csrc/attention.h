@@ -16,6 +16,7 @@ struct AttentionCall {
   const float* q;        // [T, q_stride]: the rows' q heads come first
   std::int64_t q_stride;
   float* out;            // [T, num_heads * head_dim]
+  Tiles out_tiles;       // instead of out, if there are some
   const std::uint8_t* arena;
   std::int64_t page_bytes, table_stride;  // table_stride: int32s from one block to the next
   int num_heads, num_kv_heads, head_dim, block_tokens;
@@ -89,8 +90,9 @@ void check_step(const Kernels& kernels, const Step& step, int first_layer, int l
 // Has the products before the attention of this layer fetch KV that it will read.
 void fetch_kv(Kernels& kernels, const Step& step, int layer, int window);
 
+// Results go to `tiles`, if there are some, else to `out`.
 void attention(Kernels& kernels, const Step& step, int layer, const float* qkv, int num_heads, float scale,
-               int window, float* out);
+               int window, float* out, const Tiles& tiles = {});
 void rope_kv(Kernels& kernels, const Step& step, int layer, float* qkv, int num_heads, const Rope& rope,
              const Norm& q_norm, const Norm& k_norm);
 

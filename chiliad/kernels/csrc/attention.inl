@@ -703,10 +703,16 @@ void merge_state(State total, const State part, int rows, int head_dim) {
 void write_out(const AttentionCall& call, const AttentionTile& tile, int head, const State state) {
   const int group = call.num_heads / call.num_kv_heads, head_dim = call.head_dim;
   for (int f = tile.begin; f < tile.end; ++f) {
-    const int r = f - tile.begin, q_head = head * group + f % group;
-    float* to = call.out + ((std::int64_t{tile.row} + f / group) * call.num_heads + q_head) * head_dim;
+    const int r = f - tile.begin, column = (head * group + f % group) * head_dim, row = tile.row + f / group;
     const float *from = state.values + r * head_dim, scale = 1.0f / vsum(vload(state.sums + r * kStrip));
     int d = 0;
+    if (call.out_tiles) {  // whole vectors: column and head_dim are multiples of 32 (see `attention`)
+      std::byte* to = call.out_tiles.data + row / kRowTile * call.out_tiles.bytes + row % kRowTile * 64;
+      for (; d < head_dim; d += kLanes)
+        vstore_bf16(reinterpret_cast<bf16*>(to + (column + d) / 32 * 1024) + (column + d) % 32, vload(from + d) * vset(scale));
+      continue;
+    }
+    float* to = call.out + std::int64_t{row} * call.num_heads * head_dim + column;
     for (; d + kLanes <= head_dim; d += kLanes) vstore(to + d, vload(from + d) * vset(scale));
     for (; d < head_dim; ++d) to[d] = from[d] * scale;
   }
@@ -745,7 +751,17 @@ void run_tile(const AttentionCall& call, const AttentionTile& tile, const Attent
     for (int head = tile.head_begin; head < tile.head_end; ++head) write_out(call, tile, head, total(head));
 }
 
+// Numbers too small to be normal count as zeros: on Intel, an instruction that makes one takes fifty times as long.
+struct FlushSmall {
+#if defined(__x86_64__)
+  const unsigned before = _mm_getcsr();
+  FlushSmall() { _mm_setcsr(before | 0x8040); }
+  ~FlushSmall() { _mm_setcsr(before); }
+#endif
+};
+
 void tile(const AttentionCall& call, const AttentionTile& tile, const AttentionTile* next, float* scratch, float* partial) {
+  const FlushSmall flush;
   const Scratch at(scratch, call.head_dim, call.item_heads);
 #if CHILIAD_AMX
   if (TilePath::takes(call)) return run_tile<TilePath>(call, tile, next, at, partial);
@@ -755,6 +771,7 @@ void tile(const AttentionCall& call, const AttentionTile& tile, const AttentionT
 }
 
 void merge(const AttentionCall& call, const AttentionTile& tile, float* scratch, float* partial) {
+  const FlushSmall flush;
   const Scratch at(scratch, call.head_dim, call.item_heads);
   const int rows = tile.end - tile.begin, heads = tile.head_end - tile.head_begin;
   const State total(at.total);

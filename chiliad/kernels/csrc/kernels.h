@@ -50,7 +50,7 @@ struct alignas(64) Early {
 
 // Who uses which scratch memory. Those that live no longer than their call share kWork; kCounts is all
 // zero between calls (see sample.h); kActivations lives through the ops of `layers`.
-enum Scratch { kInputs, kNormed, kScaled, kShrunk, kTurned, kDelta, kWork, kCounts, kActivations, kScratches };
+enum Scratch { kInputs, kTiles, kNormed, kScaled, kParts, kShrunk, kTurned, kDelta, kWork, kCounts, kActivations, kScratches };
 
 class Kernels {
  public:

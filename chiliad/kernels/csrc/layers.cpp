@@ -45,9 +45,9 @@ void run_layers(Kernels& kernels, const std::vector<Layer>& layers, const Step& 
   float* b = a + rows * static_cast<std::size_t>(wide);
   const int count = step.num_tokens;
   // x += post(linear(from)), or without a norm in between
-  auto add = [&](PackedLinear& linear, const float* from, const Norm& post, float* room) {
-    if (post.kind == NormKind::none) return project(kernels, linear, &step, from, count, {}, Activation::none, x, true);
-    project(kernels, linear, &step, from, count, {}, Activation::none, room, false);
+  auto add = [&](PackedLinear& linear, const float* from, const Tiles& tiles, const Norm& post, float* room) {
+    if (post.kind == NormKind::none) return project(kernels, linear, &step, from, count, {}, Activation::none, x, true, tiles);
+    project(kernels, linear, &step, from, count, {}, Activation::none, room, false, tiles);
     norm(kernels, room, count, linear.out_features, post, x, true);
   };
   for (std::size_t i = 0; i < layers.size(); ++i) {
@@ -55,12 +55,14 @@ void run_layers(Kernels& kernels, const std::vector<Layer>& layers, const Step& 
     const int number = static_cast<int>(i);
     project(kernels, *layer.qkv, &step, x, count, layer.input_norm, Activation::none, a, false);
     rope_kv(kernels, step, number, a, layer.num_heads, layer.rope, layer.q_norm, layer.k_norm);
-    attention(kernels, step, number, a, layer.num_heads, layer.scale, layer.window, b);
+    Tiles tiles = arena.head_dim % 32 == 0 ? room_for_inputs(kernels, *layer.out, &step, count) : Tiles{};
+    attention(kernels, step, number, a, layer.num_heads, layer.scale, layer.window, b, tiles);
     const std::size_t next = (i + 1) % layers.size();  // of the next step, which may well be of the same rows
     fetch_kv(kernels, step, static_cast<int>(next), layers[next].window);
-    add(*layer.out, b, layer.post_attention_norm, a);
-    project(kernels, *layer.up, &step, x, count, layer.mlp_norm, layer.activation, a, false);
-    add(*layer.down, a, layer.post_mlp_norm, b);
+    add(*layer.out, b, tiles, layer.post_attention_norm, a);
+    tiles = room_for_inputs(kernels, *layer.down, &step, count);
+    project(kernels, *layer.up, &step, x, count, layer.mlp_norm, layer.activation, a, false, {}, tiles);
+    add(*layer.down, a, tiles, layer.post_mlp_norm, b);
   }
 }
 

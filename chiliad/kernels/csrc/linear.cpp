@@ -46,10 +46,33 @@ Early* early(Kernels& kernels, const Uses& uses, const Step& step) {
   return kernels.early.data();
 }
 
+// Bytes of an input tile; sums_at: where the sums over groups are, 0 if nobody wants them.
+std::size_t tile_bytes(const PackedLinear& linear, const LinearOps& ops, std::size_t& sums_at) {
+  sums_at = 0;
+  if (linear.dtype == DType::float32) return sizeof(float) * kRowTile * linear.in_features;
+  std::size_t bytes = std::size_t{kRowTile} * linear.k_padded * (ops.bf16_tiles ? 2 : sizeof(float));
+  if (linear.dtype == DType::int4 && ops.levels) {
+    sums_at = bytes;
+    bytes += sizeof(float) * kRowTile * linear.k_padded / 32;
+  }
+  return bytes;
+}
+
 }  // namespace
 
+Tiles room_for_inputs(Kernels& kernels, PackedLinear& linear, const Step* step, int rows) {
+  std::lock_guard lock(kernels.busy);
+  const LinearOps& ops = linear_ops(kernels.isa);
+  std::size_t sums_at;
+  const std::size_t bytes = tile_bytes(linear, ops, sums_at);
+  if (!ops.bf16_tiles || linear.dtype == DType::float32 || linear.in_features % 32 || sums_at) return {};
+  const Uses& uses = uses_of(kernels, linear, step);
+  if (uses.any_d || uses.any_f32) return {};
+  return {kernels.scratch(kTiles, bytes * ((rows + kRowTile - 1) / kRowTile)), bytes};
+}
+
 void project(Kernels& kernels, PackedLinear& linear, const Step* step, const float* x, int rows,
-             const Norm& norm, Activation activation, float* y, bool add) {
+             const Norm& norm, Activation activation, float* y, bool add, const Tiles& from, const Tiles& to) {
   if (rows <= 0) return;
   if (step != nullptr && step->num_tokens != rows) throw KernelError("x must have one row per token of the step");
   const bool pair = activation == Activation::silu_mul || activation == Activation::gelu_tanh_mul;
@@ -82,6 +105,10 @@ void project(Kernels& kernels, PackedLinear& linear, const Step* step, const flo
   plan.y = y;
   plan.y_stride = pair ? linear.out_features / 2 : linear.out_features;
   plan.add = add;
+  plan.y_tiles = to;
+  constexpr std::size_t kLarge = std::size_t{4} << 20;
+  plan.y_streams = !add && sizeof(float) * rows * plan.y_stride > kLarge && plan.y_stride % 16 == 0 &&
+                   reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
   plan.arena = kernels.arena.data;
   plan.uses = uses.uses.data();
   plan.uses_from = uses.from.data();
@@ -93,15 +120,12 @@ void project(Kernels& kernels, PackedLinear& linear, const Step* step, const flo
   if (plan.num_tasks > 0 && rows <= kFewRows)
     plan.delta = reinterpret_cast<float*>(kernels.scratch(kDelta, sizeof(float) * (static_cast<std::size_t>(linear.out_features) * rows + 16)));
 
-  plan.tile_bytes = f32 ? row_bytes * kRowTile
-                        : std::size_t{kRowTile} * linear.k_padded * (ops.bf16_tiles ? 2 : sizeof(float));
-  if (linear.dtype == DType::int4 && ops.levels) {
-    plan.sums_at = plan.tile_bytes;
-    plan.tile_bytes += sizeof(float) * kRowTile * linear.k_padded / 32;
-  }
-  if (norm.kind != NormKind::none)
+  plan.tile_bytes = tile_bytes(linear, ops, plan.sums_at);
+  if (norm.kind != NormKind::none && (f32 || uses.any_d || uses.any_f32))
     plan.x32 = reinterpret_cast<float*>(kernels.scratch(kNormed, row_bytes * rows));
-  if (!f32 || (x == y && norm.kind == NormKind::none)) plan.input = kernels.scratch(kInputs, plan.tile_bytes * row_tiles);
+  plan.ready = static_cast<bool>(from);
+  if (from) plan.input = from.data;
+  else if (!f32 || (x == y && norm.kind == NormKind::none)) plan.input = kernels.scratch(kInputs, plan.tile_bytes * row_tiles);
   const std::byte* base = plan.input ? plan.input : reinterpret_cast<const std::byte*>(plan.x32 ? plan.x32 : x);
   plans.tiles.resize(static_cast<std::size_t>(projections) * row_tiles);
   for (int p = 0; p < projections; ++p)
@@ -121,6 +145,10 @@ void project(Kernels& kernels, PackedLinear& linear, const Step* step, const flo
   }
   plan.tiles = plans.tiles.data();
   if (ops.turned && !f32 && uses.any_bf16) plan.turned = kernels.scratch(kTurned, plan.tile_bytes * row_tiles);
+  if (ops.parts && (linear.dtype == DType::int8 || linear.dtype == DType::int4) && rows <= kPartRows && !uses.any_d) {
+    plan.part_bytes = std::size_t{2} * linear.k_padded + 8 * (linear.k_padded / 32);
+    plan.parts = kernels.scratch(kParts, plan.part_bytes * rows);
+  }
   plan.work_bytes = work_bytes(linear.k_padded) / 64 * 64;
   plan.work = kernels.scratch(kWork, plan.work_bytes * kernels.threads.size());
   if (const auto last = kernels.last.lock(); last && last.get() != &linear) last->next = linear.weak_from_this();

@@ -33,6 +33,8 @@ namespace chiliad {
 constexpr int kBlock = 16, kPanel = 32, kRowTile = 16;
 constexpr int kGroup = 4;               // panels that one thread takes at a time, at most
 constexpr int kStride = kGroup * kPanel;  // of a row of sums, in floats
+constexpr int kPartRows = 4;             // rows of a step that are multiplied in parts, at most
+constexpr int kWideRows = 512;          // rows of an item at most
 
 // Bytes of 32 k in a panel.
 inline constexpr std::size_t group_bytes(DType dtype) {
@@ -81,7 +83,7 @@ struct Uses {
   std::vector<std::int64_t> numbers;  // what uses point to, in their order: offsets of A, of B, scales
   std::size_t shrunk = 0;    // floats of all z
   std::int64_t lines = 0;    // of all stretches
-  bool any_d = false, any_bf16 = false;
+  bool any_d = false, any_bf16 = false, any_f32 = false;  // vectors d; rank rows
 };
 
 // Belongs to one Kernels at a time: `project` changes what it remembers.
@@ -122,9 +124,21 @@ struct Norm {
   float eps = 0;
 };
 
-// y may be x only if that is where the residual comes from (add).
+// Rows as a linear multiplies them (see Inputs above): whoever makes them may write them like that.
+struct Tiles {
+  std::byte* data = nullptr;
+  std::size_t bytes = 0;  // of one tile
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Room for a linear's input tiles, valid until the next call; none if this step needs the inputs as floats, too.
+Tiles room_for_inputs(Kernels& kernels, PackedLinear& linear, const Step* step, int rows);
+
+// y may be x only if that is where the residual comes from (add). Inputs may come as tiles instead of x, and outputs
+// may go to the next linear's instead of y.
 void project(Kernels& kernels, PackedLinear& linear, const Step* step, const float* x, int rows,
-             const Norm& norm, Activation activation, float* y, bool add);
+             const Norm& norm, Activation activation, float* y, bool add, const Tiles& from = {}, const Tiles& to = {});
 
 // y = norm(x), or y += norm(x).
 void norm(Kernels& kernels, const float* x, int rows, int features, const Norm& norm, float* y, bool add);
@@ -152,11 +166,17 @@ struct ProjectPlan {
   float* y;
   int y_stride;
   bool add;
+  Tiles y_tiles;  // instead of y
+  bool y_streams;  // more than the caches hold: y is written past them
 
   // inputs: filled in phase 0
-  float* x32;               // [rows][in_features] normalised, or null: x serves
+  float* x32;               // [rows][in_features] normalised, or null: nobody wants them, or x serves
   std::byte* input;         // row tiles in the dtype's form, or null: x serves (float32)
+  bool ready;               // they came as such
   std::size_t tile_bytes;   // of one row tile
+  std::byte* parts;         // of a few rows for quantised weights, or null: per row int8 [K / 32][2][32], the high and low parts
+                            // of 32 inputs; then float scales and whole sums of the groups [K / 32]
+  std::size_t part_bytes;   // of one row
   std::size_t sums_at;      // where in a tile the sums over groups are; 0: not wanted
   const std::byte** tiles;  // [projections][row tiles]: the base input, or one with d applied
   std::byte* scaled;        // room for input tiles with d applied, or null
@@ -188,12 +208,16 @@ struct LinearOps {
   void (*norm)(ThreadPool& threads, const float* x, int rows, int features, const Norm& norm, float* y, bool add);
   bool bf16_tiles;  // inputs are stored as bfloat16 tiles (else rounded, as float32)
   bool levels;      // int4 wants the sums of inputs over groups
+  bool parts;       // few rows are multiplied with quantised weights in parts
   bool turned;      // shrink multiplies bfloat16 rank rows with `turned` tiles
 };
 
-// A worker's room: sums (twice), an unpacked panel, rank rows that need copying.
+// A worker's room: sums (twice), an unpacked panel, rank rows that need copying; or for products of many rows with
+// tiles (see linear_wide.inl) the sums of two blocks and of a chunk, and an unpacked stretch.
 inline std::size_t work_bytes(int k_padded) {
-  return 2 * 32 * kStride * sizeof(float) + std::size_t{64} * k_padded + std::size_t{32} * (k_padded + 32) + 4096;
+  const std::size_t few = 2 * 32 * kStride * sizeof(float) + std::size_t{64} * k_padded + std::size_t{32} * (k_padded + 32) + 4096;
+  const std::size_t wide = (2 * 32 + kWideRows) * kPanel * sizeof(float) + 64 * 1024;
+  return few > wide ? few : wide;
 }
 
 }  // namespace chiliad

@@ -36,7 +36,7 @@ class Ahead {
   }
 
  private:
-  static constexpr int kDistance = 160;  // lines, measured
+  static constexpr int kDistance = kAmx ? 320 : 160;  // lines, measured
   static constexpr int kLocality = kAmx ? 2 : 3;
 
   CHILIAD_INLINE void ask(int lines) {

@@ -159,40 +159,48 @@ void gemm_bf16(const std::byte* tile, const std::byte* panel, int k_padded, floa
 
 #if CHILIAD_AMX
 
-void enter() { configure_tiles({}); }
-void leave() { _tile_release(); }
+// While it lives, this thread has tiles. Numbers too small to be normal count as zeros in them, so they do everywhere.
+class Tiling {
+ public:
+  Tiling() : before_(_mm_getcsr()) {
+    configure_tiles({});
+    _mm_setcsr(before_ | 0x8040);
+  }
+  ~Tiling() {
+    _mm_setcsr(before_);
+    _tile_release();
+  }
 
-// A quarter of the pair of weight tiles that comes next, every other line (the L2 cache fetches
-// lines in pairs). Spread between the tile instructions, because a bunch of prefetches would fill
-// the load buffers and stall; and close, because further away only these few buffers (and not
-// the L2 cache's own prefetcher) would do the work.
+ private:
+  unsigned before_;
+};
+
+// A quarter of the pair of weight tiles that comes a little later. Spread between the tile instructions, because a bunch
+// of prefetches would fill the load buffers and stall.
 CHILIAD_INLINE void fetch(const std::byte* b, int quarter) {
-  constexpr int kAhead = 2048;  // bytes, measured: 1 to 3 KB are equal, more is worse
-  for (int line = 0; line < 512; line += 128) _mm_prefetch(b + kAhead + quarter * 512 + line, _MM_HINT_T1);
+  constexpr int kAhead = 3072;  // bytes, measured: from 4 KB on it is a quarter slower
+  for (int line = 0; line < 512; line += 64) _mm_prefetch(b + kAhead + quarter * 512 + line, _MM_HINT_T1);
 }
 
-// Up to 32 rows: c[32][32] = tiles (a0, a1) * panel. First: the panel comes from memory; else it
-// stays in the L1 cache, which the inputs are read past.
-template <bool Two, bool First>
+// Up to 32 rows: c[32][32] = tiles (a0, a1) * panel, which comes from memory and is not needed again.
+template <bool Two>
 void gemm_amx(const std::byte* a0, const std::byte* a1, const std::byte* b, int k_padded, float* c) {
   _tile_zero(0);
   _tile_zero(1);
   if (Two) _tile_zero(2);
   if (Two) _tile_zero(3);
   for (int k = 0; k < k_padded; k += 32, a0 += 1024, a1 += 1024, b += 2048) {
-    if (First) _tile_loadd(4, a0, 64);
-    else _tile_stream_loadd(4, a0, 64);
-    _tile_loadd(6, b, 64);
-    if (First) fetch(b, 0);
+    _tile_loadd(4, a0, 64);
+    _tile_stream_loadd(6, b, 64);
+    fetch(b, 0);
     _tile_dpbf16ps(0, 4, 6);
-    if (First) fetch(b, 1);
-    _tile_loadd(7, b + 1024, 64);
+    fetch(b, 1);
+    _tile_stream_loadd(7, b + 1024, 64);
     _tile_dpbf16ps(1, 4, 7);
-    if (First) fetch(b, 2);
-    if (Two && First) _tile_loadd(5, a1, 64);
-    if (Two && !First) _tile_stream_loadd(5, a1, 64);
+    fetch(b, 2);
+    if (Two) _tile_loadd(5, a1, 64);
     if (Two) _tile_dpbf16ps(2, 5, 6);
-    if (First) fetch(b, 3);
+    fetch(b, 3);
     if (Two) _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, c, kStride * 4);
@@ -202,11 +210,11 @@ void gemm_amx(const std::byte* a0, const std::byte* a1, const std::byte* b, int 
 }
 
 // The same with weights to unpack: multiply step k - 2 while step k is unpacked, so that neither
-// memory nor the tile unit waits. Keep: leave the whole panel in room (else it is a ring).
-template <bool Two, bool Keep>
+// memory nor the tile unit waits.
+template <bool Two>
 void gemm_amx_unpack(DType dtype, const std::byte* a0, const std::byte* a1, const std::byte* panel, std::byte* room,
                      int k_padded, float* c) {
-  constexpr int kLag = 2, kMask = Keep ? -1 : 3;
+  constexpr int kLag = 2, kMask = 3;
   const int steps = k_padded / 32;
   _tile_zero(0);
   _tile_zero(1);
@@ -236,8 +244,7 @@ void gemm_amx_unpack(DType dtype, const std::byte* a0, const std::byte* a1, cons
 
 #else
 
-void enter() {}
-void leave() {}
+struct Tiling {};
 
 #endif
 
@@ -266,10 +273,9 @@ void gemm_tile(const ProjectPlan& plan, const std::byte* tile, const std::byte* 
 
 // How a panel reaches the GEMM.
 enum class Source {
-  memory,    // as it is multiplied, for the first time: fetch ahead
-  cache,     // as it is multiplied
-  packed,    // int8 or int4 to unpack, for the only time
-  unpacked,  // int8 or int4 to unpack, for the first time: leave the unpacked panel in `room`
+  memory,  // as it is multiplied, for the first time: fetch ahead
+  cache,   // as it is multiplied
+  packed,  // int8 or int4 to unpack; without tiles the unpacked panel is left in `room`
 };
 
 // c[rows][32] for up to 32 rows from `row` (a multiple of 16), with the inputs of projection p.
@@ -277,24 +283,20 @@ void gemm(const ProjectPlan& plan, int p, int row, int rows, const std::byte* pa
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const std::byte* const* tiles = plan.tiles + p * row_tiles + row / kRowTile;
 #if CHILIAD_AMX
+  if (plan.parts) return gemm_parts(plan, panel, rows, source == Source::packed, c);
   if (plan.dtype != DType::float32) {
     const bool two = rows > kRowTile;
-    if (source == Source::memory || source == Source::cache) {
-      const bool fetch = source == Source::memory;
-      auto* call = two ? (fetch ? gemm_amx<true, true> : gemm_amx<true, false>)
-                       : (fetch ? gemm_amx<false, true> : gemm_amx<false, false>);
-      return call(tiles[0], tiles[two], panel, plan.k_padded, c);
-    }
-    const bool keep = source == Source::unpacked;
-    auto* call = two ? (keep ? gemm_amx_unpack<true, true> : gemm_amx_unpack<true, false>)
-                     : (keep ? gemm_amx_unpack<false, true> : gemm_amx_unpack<false, false>);
-    return call(plan.dtype, tiles[0], tiles[two], panel, room, plan.k_padded, c);
+    if (source == Source::packed)
+      return two ? gemm_amx_unpack<true>(plan.dtype, tiles[0], tiles[1], panel, room, plan.k_padded, c)
+                 : gemm_amx_unpack<false>(plan.dtype, tiles[0], tiles[0], panel, room, plan.k_padded, c);
+    return two ? gemm_amx<true>(tiles[0], tiles[1], panel, plan.k_padded, c)
+               : gemm_amx<false>(tiles[0], tiles[0], panel, plan.k_padded, c);
   }
 #endif
 #if defined(__AVX512BF16__) && !CHILIAD_AMX
   if (quantized(plan.dtype)) return gemm_levels(plan, tiles, panel, rows, source == Source::memory, rank, c);
 #endif
-  if (source == Source::packed || source == Source::unpacked) {
+  if (source == Source::packed) {
     for (int step = 0; step < plan.k_padded / 32; ++step) unpack_pair(plan.dtype, panel, step, room + step * 2048);
     panel = room;
   }

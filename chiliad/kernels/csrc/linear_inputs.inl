@@ -1,7 +1,7 @@
 // Norms, and phase 0 of a projection: inputs are normalised, rounded and laid out in tiles.
 #pragma once
 
-#include "linear_common.h"
+#include "linear_quantized.inl"
 
 namespace chiliad {
 namespace {
@@ -100,12 +100,9 @@ const Use* find_use(const ProjectPlan& plan, int p, int row) {
 }
 
 #if CHILIAD_AMX
-// Exchange rows and pairs of a bfloat16 input tile: 16 x 16 words of 32 bits. The result is what
-// a tile multiplication wants as its right side, so that rank rows can be the left side as they
-// lie in the arena.
-void turn(const std::byte* tile, std::byte* to) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(tile + i * 64);
+// Exchange rows and columns of 16 x 16 words of 32 bits, which bfloat16 pairs are here.
+CHILIAD_INLINE void turn(__m512i (&a)[16]) {
+  __m512i b[16];
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -120,30 +117,47 @@ void turn(const std::byte* tile, std::byte* to) {
   for (int c = 0; c < 4; ++c) {
     const __m512i low = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), high = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
     const __m512i low2 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd), high2 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-    _mm512_store_si512(to + c * 64, _mm512_shuffle_i32x4(low, high, 0x88));
-    _mm512_store_si512(to + (8 + c) * 64, _mm512_shuffle_i32x4(low, high, 0xdd));
-    _mm512_store_si512(to + (4 + c) * 64, _mm512_shuffle_i32x4(low2, high2, 0x88));
-    _mm512_store_si512(to + (12 + c) * 64, _mm512_shuffle_i32x4(low2, high2, 0xdd));
+    b[c] = _mm512_shuffle_i32x4(low, high, 0x88);
+    b[8 + c] = _mm512_shuffle_i32x4(low, high, 0xdd);
+    b[4 + c] = _mm512_shuffle_i32x4(low2, high2, 0x88);
+    b[12 + c] = _mm512_shuffle_i32x4(low2, high2, 0xdd);
   }
+  for (int i = 0; i < 16; ++i) a[i] = b[i];
+}
+
+// An input tile with rows and pairs exchanged is what a tile multiplication wants as its right side, so that rank rows
+// can be the left side as they lie in the arena.
+void turn_tile(const std::byte* tile, std::byte* to) {
+  __m512i a[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_load_si512(tile + i * 64);
+  turn(a);
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, a[i]);
 }
 #endif
 
-void input_tile(const ProjectPlan& plan, int tile) {
+// `room`: for one row.
+void input_tile(const ProjectPlan& plan, int tile, float* room) {
   const int row_tiles = (plan.rows + kRowTile - 1) / kRowTile;
   const int first = tile * kRowTile, last = first + kRowTile < plan.rows ? first + kRowTile : plan.rows;
   const std::size_t n = plan.in_features;
-  const float* x = plan.x;
-  if (plan.norm.kind != NormKind::none) {
-    for (int row = first; row < last; ++row) norm_row(plan.x + row * n, plan.in_features, plan.norm, plan.x32 + row * n, false);
-    x = plan.x32;
+  const bool normed = plan.norm.kind != NormKind::none;
+  const float* x = normed && plan.x32 ? plan.x32 : plan.x;
+  for (int row = first; row < last && !plan.ready; ++row) {
+    const float* from = x + row * n;
+    if (normed) {
+      float* to = plan.x32 ? plan.x32 + row * n : room;
+      norm_row(plan.x + row * n, plan.in_features, plan.norm, to, false);
+      from = to;
+    }
+    if (plan.input) input_row<float>(plan, from, nullptr, plan.input + tile * plan.tile_bytes, row - first);
   }
-  if (plan.input)
-    for (int row = first; row < last; ++row)
-      input_row<float>(plan, x + row * n, nullptr, plan.input + tile * plan.tile_bytes, row - first);
 #if CHILIAD_AMX
+  if (plan.parts)
+    for (int row = first; row < last; ++row)
+      make_parts(plan, plan.input + tile * plan.tile_bytes, row - first, plan.parts + row * plan.part_bytes);
   if (plan.turned)
     for (int k = 0; k < plan.k_padded; k += 32)
-      turn(plan.input + tile * plan.tile_bytes + k * 32, plan.turned + tile * plan.tile_bytes + k * 32);
+      turn_tile(plan.input + tile * plan.tile_bytes + k * 32, plan.turned + tile * plan.tile_bytes + k * 32);
 #endif
   if (!plan.scaled) return;
   for (int p = 0; p < plan.num_projections; ++p) {

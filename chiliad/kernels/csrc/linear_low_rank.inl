@@ -210,6 +210,64 @@ void shrink_any(const ProjectPlan& plan, const Task& task, int rank, int stop, A
 
 #if CHILIAD_AMX
 
+constexpr int kFewer = 4;  // rows of a task up to which vectors are faster than tiles
+
+// Ranks [rank, stop), at most 16, times R rows by vectors, a rank in each lane. Every sum is added up in the order of
+// tdpbf16ps, so that a row does not show who multiplied it: even and odd k of 32 apart, then together, then added to those
+// before. x: the task's rows as floats, [R][k_padded].
+template <int R>
+void shrink_few(const ProjectPlan& plan, const Task& task, int rank, int stop, const float* x, Ahead& ahead) {
+  const Use& use = *task.use;
+  const int ranks = stop - rank;
+  const std::uint8_t* rows[16];
+  for (int j = 0; j < 16; ++j) rows[j] = plan.arena + use.a[rank + (j < ranks ? j : 0)];
+  const __m512i odd = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512 sum[R];
+  for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
+  for (int k = 0; k < plan.k_padded; k += 32) {
+    ahead.fetch(ranks);
+    const int left = plan.in_features - k;
+    const __mmask32 mask = left < 32 ? (1u << left) - 1 : ~0u;
+    __m512i a[16];
+    for (int j = 0; j < 16; ++j) a[j] = _mm512_maskz_loadu_epi16(mask, rows[j] + 2 * k);
+    turn(a);
+    for (int r = 0; r < R; ++r) {
+      const float* xs = x + r * plan.k_padded + k;
+      __m512 evens = _mm512_setzero_ps(), odds = _mm512_setzero_ps();
+      for (int p = 0; p < 16; ++p) {
+        evens = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a[p], 16)), _mm512_set1_ps(xs[2 * p]), evens);
+        odds = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a[p], odd)), _mm512_set1_ps(xs[2 * p + 1]), odds);
+      }
+      sum[r] = _mm512_add_ps(sum[r], _mm512_add_ps(evens, odds));
+    }
+  }
+  const int ldz = use.stop - use.start;
+  const __m512 scale = vload(use.scale + rank, ranks);
+  for (int r = 0; r < R; ++r) {
+    float z[16];
+    vstore(z, sum[r] * scale);
+    float* to = plan.z + use.z + static_cast<std::size_t>(rank) * ldz + (task.row + r - use.start);
+    for (int j = 0; j < ranks; ++j) to[j * ldz] = z[j];
+  }
+}
+
+// All ranks of a task with few rows.
+void shrink_few(const ProjectPlan& plan, const Task& task, Ahead& ahead, float* x) {
+  const TileRows inputs{plan.input, plan.tile_bytes};
+  for (int r = 0; r < task.rows; ++r)
+    for (int k = 0; k < plan.k_padded; k += kLanes)
+      vstore(x + r * plan.k_padded + k, vload(TileRows::at(inputs.row(task.row + r), k)));
+  for (int rank = 0; rank < task.use->rank; rank += 16) {
+    const int stop = rank + 16 < task.use->rank ? rank + 16 : task.use->rank;
+    switch (task.rows) {
+      case 1: shrink_few<1>(plan, task, rank, stop, x, ahead); break;
+      case 2: shrink_few<2>(plan, task, rank, stop, x, ahead); break;
+      case 3: shrink_few<3>(plan, task, rank, stop, x, ahead); break;
+      default: shrink_few<4>(plan, task, rank, stop, x, ahead);
+    }
+  }
+}
+
 // Ranks [rank, stop), at most 16, times up to 64 rows (4 row tiles). Full sets of ranks at a constant
 // distance are multiplied where they lie, others are copied first.
 void shrink_tiles(const ProjectPlan& plan, const Task& task, int rank, int stop, Ahead& ahead, std::byte* work) {
@@ -277,16 +335,19 @@ void low_rank(const ProjectPlan& plan, const Task& task, Ahead& ahead, [[maybe_u
   constexpr int kRanks = 16;  // at once: they stay in the L1 cache for all rows
   const Use& use = *task.use;
   ahead.begin(&task);
-  for (int rank = 0; rank < use.rank; rank += kRanks) {
-    const int stop = rank + kRanks < use.rank ? rank + kRanks : use.rank;
+  int rank = 0;
 #if CHILIAD_AMX
-    if (plan.turned && use.dtype == DType::bfloat16) {
-      shrink_tiles(plan, task, rank, stop, ahead, work);
-      continue;
-    }
-#endif
-    shrink_any(plan, task, rank, stop, ahead);
+  if (plan.turned && use.dtype == DType::bfloat16) {
+    if (task.rows <= kFewer)
+      shrink_few(plan, task, ahead, reinterpret_cast<float*>(work));
+    else
+      for (; rank < use.rank; rank += kRanks)
+        shrink_tiles(plan, task, rank, rank + kRanks < use.rank ? rank + kRanks : use.rank, ahead, work);
+    rank = use.rank;
   }
+#endif
+  for (; rank < use.rank; rank += kRanks)
+    shrink_any(plan, task, rank, rank + kRanks < use.rank ? rank + kRanks : use.rank, ahead);
   if (!plan.delta) return;
   float* to = plan.delta + static_cast<std::size_t>(task.row) * plan.out_features + use.first;
   const int count = use.size / kBlock, rest = use.size % kBlock;

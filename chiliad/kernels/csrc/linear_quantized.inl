@@ -1,9 +1,12 @@
 // Products with int8 and int4 weights: whole levels, and for every column and group of 32 k a scale
-// d (int4: and a minimum m), weight = d * level + m. Two ways:
+// d (int4: and a minimum m), weight = d * level + m. Three ways:
 //
 //   levels   y += d * (levels . x) + m * sum(x), group by group, on the packed levels. Levels are
 //            exact as bfloat16, so the weights are exactly what is stored. Unpacking is a table
 //            look-up in registers, once per kRows rows.
+//   parts    The same in whole numbers, for a few rows with AMX, where pairs of bfloat16 are multiplied slowly
+//            outside of tiles: inputs, as tiles have them, become 16 bits of each group's largest, in two parts of
+//            8 bits that VPDPBUSD multiplies with levels.
 //   unpacked The panel becomes bfloat16, d * level + m rounded, and serves as such. This is for
 //            AMX, whose tiles cannot be scaled between groups, and where bfloat16 is not
 //            multiplied anyway.
@@ -264,6 +267,110 @@ void gemm_levels(const ProjectPlan& plan, const std::byte* const* tiles, const s
                  Lookahead& rank, float* c) {
   auto* call = plan.dtype == DType::int4 ? gemm_levels<Int4Levels, true> : gemm_levels<Int8Levels, false>;
   call(plan, tiles, panel, rows, fetch, rank, c);
+}
+
+#endif
+
+// ---- parts ----
+
+#if CHILIAD_AMX
+
+// One row's inputs in parts (see ProjectPlan::parts), from its input tile.
+void make_parts(const ProjectPlan& plan, const std::byte* tile, int row, std::byte* to) {
+  const int groups = plan.k_padded / 32;
+  float* scales = reinterpret_cast<float*>(to + 2 * plan.k_padded);
+  std::int32_t* sums = reinterpret_cast<std::int32_t*>(scales + groups);
+  // levels of int4 lie in the order of k 0 4 1 5, 2 6 3 7 (see pack.cpp)
+  const __m256i order = _mm256_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9,
+                                         13, 10, 14, 11, 15);
+  for (int g = 0; g < groups; ++g, tile += 1024, to += 64) {
+    const bf16* x = reinterpret_cast<const bf16*>(tile + row * 64);
+    const Vec a = vload(x), b = vload(x + 16);
+    NaNs nans;
+    nans.add(a);
+    nans.add(b);
+    const float largest = vtop(vmax(vabs(a), vabs(b)));
+    const float scale = nans.any() ? __builtin_nanf("") : largest / 32512.0f;  // what is not finite shows in the scale
+    const float turn = scale > 0 ? 1.0f / scale : 0.0f;
+    const __m512i i = _mm512_cvtps_epi32(a * vset(turn)), j = _mm512_cvtps_epi32(b * vset(turn));
+    scales[g] = scale;
+    sums[g] = _mm512_reduce_add_epi32(_mm512_add_epi32(i, j));
+    // x = 256 high + low, -128 <= low < 128
+    const __m512i half = _mm512_set1_epi32(128);
+    auto high = [&](__m512i v) { return _mm512_srai_epi32(_mm512_add_epi32(v, half), 8); };
+    auto pack = [&](__m512i u, __m512i v) {
+      const __m256i bytes = _mm256_set_m128i(_mm512_cvtepi32_epi8(v), _mm512_cvtepi32_epi8(u));
+      return plan.dtype == DType::int4 ? _mm256_shuffle_epi8(bytes, order) : bytes;
+    };
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pack(high(i), high(j)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), pack(i, j));
+  }
+}
+
+// c[R][32] = R rows of parts times a panel.
+template <bool Int4, int R>
+void gemm_parts(const std::byte* x, std::size_t row_bytes, const std::byte* panel, int k_padded, bool fetch, float* c) {
+  constexpr int kTile = Int4 ? 256 : 512, kBytes = 2 * kTile + (Int4 ? 128 : 64);
+  constexpr int kAhead = 3072;
+  const int groups = k_padded / 32;
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+  const __m512i middle = _mm512_set1_epi8(static_cast<char>(0x80)), nibble = _mm512_set1_epi8(15);
+  __m512 y[R][2];
+  for (int r = 0; r < R; ++r) y[r][0] = y[r][1] = _mm512_setzero_ps();
+  for (int g = 0; g < groups; ++g, panel += kBytes) {
+    __m512i high[R][2], low[R][2];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < 2; ++v) high[r][v] = low[r][v] = _mm512_setzero_si512();
+    if (fetch)
+      for (int line = 0; line < kBytes; line += 64) _mm_prefetch(panel + kAhead + line, _MM_HINT_T1);
+    auto add = [&](__m512i levels, int v, int at) {  // four k of 16 columns
+      for (int r = 0; r < R; ++r) {
+        std::int32_t h, l;
+        std::memcpy(&h, x + r * row_bytes + g * 64 + at, 4);
+        std::memcpy(&l, x + r * row_bytes + g * 64 + 32 + at, 4);
+        high[r][v] = _mm512_dpbusd_epi32(high[r][v], levels, _mm512_set1_epi32(h));
+        low[r][v] = _mm512_dpbusd_epi32(low[r][v], levels, _mm512_set1_epi32(l));
+      }
+    };
+    for (int v = 0; v < 2; ++v)
+      for (int j = 0; j < kTile / 64; ++j) {
+        const __m512i line = _mm512_load_si512(panel + v * kTile + j * 64);
+        if constexpr (Int4) {
+          add(_mm512_and_si512(line, nibble), v, 8 * j);
+          add(_mm512_and_si512(_mm512_srli_epi16(line, 4), nibble), v, 8 * j + 4);
+        } else {
+          add(_mm512_xor_si512(_mm512_shuffle_epi8(line, order), middle), v, 4 * j);  // levels + 128
+        }
+      }
+    for (int v = 0; v < 2; ++v) {
+      const __m512 d = load_halves(panel + 2 * kTile + v * 32);
+      for (int r = 0; r < R; ++r) {
+        const float* scales = reinterpret_cast<const float*>(x + r * row_bytes + 2 * k_padded);
+        const std::int32_t sum = reinterpret_cast<const std::int32_t*>(scales + groups)[g];
+        __m512i all = _mm512_add_epi32(_mm512_slli_epi32(high[r][v], 8), low[r][v]);
+        if (!Int4) all = _mm512_sub_epi32(all, _mm512_set1_epi32(128 * sum));
+        __m512 products = _mm512_cvtepi32_ps(all) * d;
+        if (Int4) products = _mm512_fmadd_ps(load_halves(panel + 2 * kTile + 64 + v * 32), vset(static_cast<float>(sum)), products);
+        y[r][v] = _mm512_fmadd_ps(vset(scales[g]), products, y[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 2; ++v) vstore(c + r * kStride + v * kLanes, y[r][v]);
+}
+
+void gemm_parts(const ProjectPlan& plan, const std::byte* panel, int rows, bool fetch, float* c) {
+  for (int r = 0; r < rows;) {
+    auto pass = [&]<int R>() {
+      auto* call = plan.dtype == DType::int4 ? gemm_parts<true, R> : gemm_parts<false, R>;
+      call(plan.parts + r * plan.part_bytes, plan.part_bytes, panel, plan.k_padded, fetch && r == 0, c + r * kStride);
+      r += R;
+    };
+    const int left = rows - r;
+    if (left >= 4) pass.template operator()<4>();
+    else if (left >= 2) pass.template operator()<2>();
+    else pass.template operator()<1>();
+  }
 }
 
 #endif

@@ -51,6 +51,7 @@ CHILIAD_INLINE Vec vload(const bf16* p, int n) {
 }
 CHILIAD_INLINE void vstore(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 CHILIAD_INLINE void vstore(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, vmask(n), x); }
+CHILIAD_INLINE void vstream(float* p, Vec x) { _mm512_stream_ps(p, x); }  // past the caches; p is aligned
 CHILIAD_INLINE Vec vload(const std::int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -103,6 +104,7 @@ CHILIAD_INLINE Vec vload(const bf16* p, int n) {
 }
 CHILIAD_INLINE void vstore(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 CHILIAD_INLINE void vstore(float* p, Vec x, int n) { _mm256_maskstore_ps(p, vmask(n), x); }
+CHILIAD_INLINE void vstream(float* p, Vec x) { _mm256_stream_ps(p, x); }
 CHILIAD_INLINE Vec vload(const std::int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
@@ -157,6 +159,7 @@ CHILIAD_INLINE void vstore(float* p, Vec x) { std::memcpy(p, &x, 16); }
 CHILIAD_INLINE void vstore(float* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) p[i] = x[i];
 }
+CHILIAD_INLINE void vstream(float* p, Vec x) { vstore(p, x); }
 CHILIAD_INLINE Vec vfma(Vec a, Vec b, Vec c) { return a * b + c; }
 CHILIAD_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 CHILIAD_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }

@@ -60,6 +60,7 @@ void collect(const Arena& arena, const PackedLinear& linear, const Step& step, U
         use.z = plan.shrunk;
         plan.shrunk += static_cast<std::size_t>(use.stop - use.start) * use.rank;
         plan.any_bf16 = plan.any_bf16 || use.dtype == DType::bfloat16;
+        plan.any_f32 = plan.any_f32 || use.dtype == DType::float32;
         if (p + 1 == linear.sizes.size()) fetch_next(*low);
       }
       if (vectors != nullptr) {
@@ -84,7 +85,7 @@ const Uses& uses_of(Kernels& kernels, PackedLinear& linear, const Step* step) {
   plan.batch = 0;  // until it is done: an adapter may be refused
   plan.shrunk = 0;
   plan.lines = 0;
-  plan.any_d = plan.any_bf16 = false;
+  plan.any_d = plan.any_bf16 = plan.any_f32 = false;
   plan.uses.clear();
   plan.tasks.clear();
   plan.stretches.clear();
