@@ -225,7 +225,6 @@ void shrink_few(const ProjectPlan& plan, const Task& task, int rank, int stop, c
   __m512 sum[R];
   for (int r = 0; r < R; ++r) sum[r] = _mm512_setzero_ps();
   for (int k = 0; k < plan.k_padded; k += 32) {
-    ahead.fetch(ranks);
     const int left = plan.in_features - k;
     const __mmask32 mask = left < 32 ? (1u << left) - 1 : ~0u;
     __m512i a[16];
@@ -235,6 +234,7 @@ void shrink_few(const ProjectPlan& plan, const Task& task, int rank, int stop, c
       const float* xs = x + r * plan.k_padded + k;
       __m512 evens = _mm512_setzero_ps(), odds = _mm512_setzero_ps();
       for (int p = 0; p < 16; ++p) {
+        if (r == 0 && p % 4 == 0) ahead.fetch((ranks + p / 4) / 4);
         evens = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a[p], 16)), _mm512_set1_ps(xs[2 * p]), evens);
         odds = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a[p], odd)), _mm512_set1_ps(xs[2 * p + 1]), odds);
       }
